@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// The functions behind the schemas in library.cpp, one namespace per family.
+#pragma once
+
+#include "bindings/common.h"
+
+#define SLIM_OPT std::optional<Tensor>
+#define SLIM_INTS std::vector<int64_t>
+
+namespace slim::sparse {
+Tensor plan(Tensor columns, Tensor row_offsets, int64_t width, int64_t groups, int64_t taps, bool transposed);
+Tensor linear(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, SLIM_OPT plan, SLIM_OPT backward_plan,
+              SLIM_OPT bias, bool relu);
+Tensor linear_grad_input(Tensor grad, Tensor values, Tensor columns, Tensor row_offsets, SLIM_OPT backward_plan,
+                         int64_t width);
+Tensor linear_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor row_offsets, SLIM_OPT plan);
+Tensor conv2d(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, SLIM_OPT plan, SLIM_OPT backward_plan,
+              SLIM_OPT bias, SLIM_INTS kernel, SLIM_INTS stride, SLIM_INTS padding, SLIM_INTS dilation, int64_t groups,
+              bool relu);
+Tensor conv2d_grad_columns(Tensor grad, Tensor values, Tensor columns, Tensor row_offsets, SLIM_OPT backward_plan,
+                           int64_t width, int64_t groups);
+Tensor conv2d_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor row_offsets, SLIM_OPT plan, SLIM_INTS kernel,
+                          SLIM_INTS stride, SLIM_INTS padding, SLIM_INTS dilation, int64_t groups);
+}  // namespace slim::sparse
+
+namespace slim::block_sparse {
+Tensor plan(Tensor columns, Tensor row_offsets, SLIM_INTS block_size, int64_t rows, int64_t width, int64_t groups,
+            int64_t taps, bool transposed);
+Tensor linear(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, SLIM_OPT plan, SLIM_OPT backward_plan,
+              SLIM_OPT bias, int64_t rows, bool relu);
+Tensor linear_grad_input(Tensor grad, Tensor values, Tensor columns, Tensor row_offsets, SLIM_OPT backward_plan,
+                         int64_t width);
+Tensor linear_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor row_offsets, SLIM_OPT plan,
+                          SLIM_INTS block_size);
+Tensor conv2d(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, SLIM_OPT plan, SLIM_OPT backward_plan,
+              SLIM_OPT bias, int64_t rows, SLIM_INTS kernel, SLIM_INTS stride, SLIM_INTS padding, SLIM_INTS dilation,
+              int64_t groups, bool relu);
+Tensor conv2d_grad_columns(Tensor grad, Tensor values, Tensor columns, Tensor row_offsets, SLIM_OPT backward_plan,
+                           int64_t width, int64_t groups);
+Tensor conv2d_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor row_offsets, SLIM_OPT plan,
+                          SLIM_INTS block_size, SLIM_INTS kernel, SLIM_INTS stride, SLIM_INTS padding,
+                          SLIM_INTS dilation, int64_t groups);
+#ifdef SLIM_CUDA
+Tensor linear_cuda(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, SLIM_OPT plan, SLIM_OPT backward_plan,
+                   SLIM_OPT bias, int64_t rows, bool relu);
+#endif
+}  // namespace slim::block_sparse

@@ -1,0 +1,428 @@
+// SPDX-License-Identifier: Apache-2.0
+// The idea: the dense dimension lies in the lanes. For each nonzero of a row,
+//
+//     acc[0 … 63]  +=  broadcast(value)  *  panel[column][0 … 63]
+//
+// with the accumulators of a row in registers and the panel of one k block in the first-level cache: one FMA per vector,
+// its activation operand straight from memory, no gather. A row's segment of a k block starts from and returns to an
+// accumulator tile in the second-level cache. Bound by the two vector loads a cycle: a nonzero costs
+// (vectors + 2) / 2 cycles or vectors / 2 FMAs, whichever is more, plus two accesses per vector and segment.
+#pragma once
+
+#include "cpu/common/columns.h"
+#include "cpu/sparse/sparse.h"
+
+namespace slim::cpu::SLIM_ISA {
+namespace {
+namespace sp {
+
+using sparse::Params;
+using sparse::Plan;
+using sparse::Segment;
+
+template <bool kTable, class T, class Index>
+SLIM_INLINE const T* row_of(const Lowered<T>& x, const char* base, Index column) {
+  if constexpr (kTable)
+    return reinterpret_cast<const T*>(base + x.table[column]);
+  else
+    return reinterpret_cast<const T*>(base + int64_t(column) * x.pitch);
+}
+
+// kSets sets of accumulators take turns where one row has too few vectors to hide the latency of an FMA.
+template <class T, class Index, bool kTable, int kVectors, int kSets>
+SLIM_INLINE void one_segment(const T* values, const Index* columns, const Segment& s, const Lowered<T>& x,
+                             const char* base, T* acc) {
+  using V = typename Simd<T>::V;
+  constexpr int L = Simd<T>::kLanes;
+  const T* value = values + s.start;
+  const Index* column = columns + s.start;
+  T* out = acc + int64_t(s.row) * Simd<T>::kPanel;
+  V sum[kSets][kVectors];
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) {
+    sum[0][v] = load<V>(out + v * L);
+#pragma GCC unroll 8
+    for (int set = 1; set < kSets; ++set) sum[set][v] = V{};
+  }
+  int i = 0;
+  const int n = s.count;
+  for (; i + kSets <= n; i += kSets) {
+#pragma GCC unroll 8
+    for (int set = 0; set < kSets; ++set) {
+      const V w = broadcast<V>(value[i + set]);
+      const T* p = row_of<kTable>(x, base, column[i + set]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sum[set][v] += w * load<V>(p + v * L);
+    }
+  }
+  if constexpr (kSets > 1)
+    for (; i < n; ++i) {
+      const V w = broadcast<V>(value[i]);
+      const T* p = row_of<kTable>(x, base, column[i]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sum[0][v] += w * load<V>(p + v * L);
+    }
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) {
+#pragma GCC unroll 8
+    for (int set = 1; set < kSets; ++set) sum[0][v] += sum[set][v];
+    store(out + v * L, sum[0][v]);
+  }
+}
+
+// Two segments of equal count at once: the same purpose as sets, without their final sums.
+template <class T, class Index, bool kTable, int kVectors>
+SLIM_INLINE void two_segments(const T* values, const Index* columns, const Segment& s, const Segment& t,
+                              const Lowered<T>& x, const char* base, T* acc) {
+  using V = typename Simd<T>::V;
+  constexpr int L = Simd<T>::kLanes;
+  T* out = acc + int64_t(s.row) * Simd<T>::kPanel;
+  T* out2 = acc + int64_t(t.row) * Simd<T>::kPanel;
+  V a[kVectors], b[kVectors];
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) {
+    a[v] = load<V>(out + v * L);
+    b[v] = load<V>(out2 + v * L);
+  }
+  for (int i = 0; i < s.count; ++i) {
+    const V w = broadcast<V>(values[s.start + i]), u = broadcast<V>(values[t.start + i]);
+    const T* p = row_of<kTable>(x, base, columns[s.start + i]);
+    const T* q = row_of<kTable>(x, base, columns[t.start + i]);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      a[v] += w * load<V>(p + v * L);
+      b[v] += u * load<V>(q + v * L);
+    }
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) {
+    store(out + v * L, a[v]);
+    store(out2 + v * L, b[v]);
+  }
+}
+
+constexpr int sets_for(int vectors) { return vectors == 1 ? 4 : vectors == 2 ? 4 : vectors <= 5 ? 2 : 1; }
+
+template <class T, class Index, bool kTable, int kVectors>
+void run_segments(const T* values, const Index* columns, const Segment* s, const Segment* end, const Lowered<T>& x,
+                  const char* base, T* acc) {
+  if constexpr (Simd<T>::kPairRows && kVectors >= 3)
+    for (; s + 1 < end && s[0].count == s[1].count; s += 2)
+      two_segments<T, Index, kTable, kVectors>(values, columns, s[0], s[1], x, base, acc);
+  for (; s < end; ++s) {
+    if constexpr (Simd<T>::kPairRows && kVectors >= 3)
+      if (s + 1 < end && s[0].count == s[1].count) {
+        two_segments<T, Index, kTable, kVectors>(values, columns, s[0], s[1], x, base, acc);
+        ++s;
+        continue;
+      }
+    one_segment<T, Index, kTable, kVectors, sets_for(kVectors)>(values, columns, *s, x, base, acc);
+  }
+}
+
+template <class T, class Index, bool kTable>
+void run_tile(int vectors, const T* values, const Index* columns, const Segment* s, const Segment* end,
+              const Lowered<T>& x, const char* base, T* acc) {
+  switch (vectors) {
+#define SLIM_CASE(n) \
+  case n: \
+    if constexpr (n <= Simd<T>::kVectors) run_segments<T, Index, kTable, n>(values, columns, s, end, x, base, acc); \
+    break;
+    SLIM_CASE(1)
+    SLIM_CASE(2)
+    SLIM_CASE(3)
+    SLIM_CASE(4)
+    SLIM_CASE(5)
+    SLIM_CASE(6)
+    SLIM_CASE(7)
+    SLIM_CASE(8)
+#undef SLIM_CASE
+  }
+}
+
+// First row block of range `i` of `ranges`: equal shares of the nonzeros, and of the rows, whose outputs cost too.
+SLIM_INLINE int64_t range_start(const Plan& plan, int64_t i, int64_t ranges) {
+  const int64_t blocks = plan.header->row_blocks, rows = plan.header->rows, nnz = plan.header->nnz;
+  if (i <= 0) return 0;
+  if (i >= ranges) return blocks;
+  const double target = double(nnz + 2 * rows) * double(i) / double(ranges);
+  int64_t low = 0, high = blocks;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2, row = middle * sparse::kRowBlock;
+    if (double(plan.row_offsets[row]) + 2 * double(row) < target)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+// Row blocks that are worked on at once, while the k blocks go by: their accumulators stay in the second level, and their
+// share of the weight, of which each k block reads a strip, within reach of the TLB. Lowering is repeated for each step.
+template <class T>
+SLIM_INLINE int64_t blocks_at_once(const Params& p, int64_t tiles) {
+  const auto& h = *p.plan.header;
+  const int64_t acc = 262144 / (Simd<T>::kPanel * int64_t(sizeof(T)) * tiles);
+  const int64_t weight_per_row = h.nnz * int64_t(sizeof(T) + 2 + h.wide * 2) / max_of<int64_t>(h.rows, 1);
+  const int64_t weight = 1310720 / max_of<int64_t>(weight_per_row, 1);
+  return max_of<int64_t>(1, min_of(acc, weight) / sparse::kRowBlock);
+}
+
+// Workspace: table [k_block] int32 | lowered | accumulators [tiles, rows, kPanel]
+template <class Source>
+struct Workspace {
+  using T = typename Source::T;
+  static int64_t table_bytes(const Params& p) { return Source::kTable ? align64(p.plan.header->k_block * 4) : 0; }
+  static int64_t lowered_bytes(const Params& p) { return align64(Source::lowered_bytes(p.a, p.plan.header->k_block) + 64); }
+  static int64_t acc_bytes(const Params& p) {
+    const int64_t rows = min_of((p.plan.header->rows + sparse::kRowBlock) * int64_t(kMaxTiles),
+                                262144 / (Simd<T>::kPanel * int64_t(sizeof(T))) + kMaxTiles * sparse::kRowBlock);
+    return rows * Simd<T>::kPanel * int64_t(sizeof(T));
+  }
+  static int64_t bytes(const Params& p) { return table_bytes(p) + lowered_bytes(p) + acc_bytes(p); }
+};
+
+template <class Source, class Index>
+void forward_columns(const Params& p, int64_t task, void* workspace) {
+  using T = typename Source::T;
+  using V = typename Simd<T>::V;
+  constexpr int P = Simd<T>::kPanel, L = Simd<T>::kLanes;
+  const auto& h = *p.plan.header;
+  Source source(p.a);
+  source.begin(task / p.ranges);
+  const int64_t range = task % p.ranges;
+  const int64_t first = range_start(p.plan, range, p.ranges), last = range_start(p.plan, range + 1, p.ranges);
+
+  char* ws = static_cast<char*>(workspace);
+  int32_t* table = reinterpret_cast<int32_t*>(ws);
+  void* lowered = ws + Workspace<Source>::table_bytes(p);
+  T* acc = reinterpret_cast<T*>(static_cast<char*>(lowered) + Workspace<Source>::lowered_bytes(p));
+  const T* values = static_cast<const T*>(p.values);
+  const Index* columns = static_cast<const Index*>(p.plan.columns);
+  const int64_t step = blocks_at_once<T>(p, source.tile_count);
+
+  for (int64_t block0 = first; block0 < last; block0 += step) {
+    const int64_t block1 = min_of(last, block0 + step);
+    const int64_t row0 = block0 * sparse::kRowBlock, rows = min_of(h.rows, block1 * sparse::kRowBlock) - row0;
+    for (int tile = 0; tile < source.tile_count; ++tile) {
+      T* out = acc + tile * rows * P;
+      for (int64_t n = 0; n < rows; ++n) {
+        T bias = 0;
+        if (p.a.bias) bias = bias_at<Source>(p.a.bias, row0 + n);
+        const V b = broadcast<V>(bias);
+        for (int v = 0; v < source.tiles[tile].vectors; ++v) store(out + n * P + v * L, b);
+      }
+    }
+    for (int64_t kb = 0; kb < h.k_blocks; ++kb) {
+      bool any = false;
+      for (int64_t b = block0; b < block1; ++b) {
+        const uint32_t* cell = p.plan.cells + b * h.k_blocks + kb;
+        any |= cell[1] > cell[0];
+      }
+      if (!any) continue;  // as in grouped convolutions, where a row meets few of the channels
+      const int64_t k0 = kb * h.k_block;
+      const Lowered<T> x = source.lower(k0, min_of(h.width, k0 + h.k_block), lowered, table);
+      // The kernel indexes by absolute column: move what it indexes back by k0 (as numbers: the result is no object).
+      Lowered<T> shifted = x;
+      if (Source::kTable) shifted.table = reinterpret_cast<const int32_t*>(uintptr_t(x.table) - uintptr_t(k0) * 4);
+      for (int tile = 0; tile < source.tile_count; ++tile) {
+        uintptr_t base = uintptr_t(x.base) + uintptr_t(source.tiles[tile].column * int64_t(sizeof(T)));
+        if (!Source::kTable) base -= uintptr_t(k0 * x.pitch);
+        for (int64_t b = block0; b < block1; ++b) {
+          const uint32_t* cell = p.plan.cells + b * h.k_blocks + kb;
+          run_tile<T, Index, Source::kTable>(
+              source.tiles[tile].vectors, values, columns, p.plan.segments + cell[0], p.plan.segments + cell[1],
+              shifted, reinterpret_cast<const char*>(base), acc + (tile * rows + (b - block0) * sparse::kRowBlock) * P);
+        }
+      }
+    }
+    for (int tile = 0; tile < source.tile_count; ++tile) source.write(tile, acc + tile * rows * P, row0, rows);
+  }
+}
+
+// Few columns: the panel of all k is small, so each row is one long run in CSR order, without k blocks.
+template <class IO, class Index>
+void forward_rows(const Params& p, int64_t task, void* workspace) {
+  using Source = LinearColumns<IO>;
+  using T = typename Source::T;
+  using V = typename Simd<T>::V;
+  const auto& h = *p.plan.header;
+  Source source(p.a);
+  source.begin(task / p.ranges);
+  const int64_t range = task % p.ranges;
+  const int64_t first = range_start(p.plan, range, p.ranges), last = range_start(p.plan, range + 1, p.ranges);
+  T* acc = static_cast<T*>(workspace);  // [kRowBlock, kPanel]
+  const Lowered<T> x = source.lower(0, h.width, acc + sparse::kRowBlock * Simd<T>::kPanel, nullptr);
+  const T* values = static_cast<const T*>(p.values);
+  const Index* columns = static_cast<const Index*>(p.plan.columns);
+  for (int64_t b = first; b < last; ++b) {
+    const int64_t row0 = b * sparse::kRowBlock, rows = min_of(h.rows - row0, sparse::kRowBlock);
+    for (int64_t n = 0; n < rows; ++n) {
+      T* out = acc + n * Simd<T>::kPanel;
+      const T bias = p.a.bias ? bias_at<Source>(p.a.bias, row0 + n) : T(0);
+      for (int v = 0; v < source.tiles[0].vectors; ++v) store(out + v * Simd<T>::kLanes, broadcast<V>(bias));
+      // A segment counts to 65535; longer rows take several.
+      for (int64_t i = p.plan.row_offsets[row0 + n], end = p.plan.row_offsets[row0 + n + 1]; i < end; i += 65535) {
+        const Segment s{uint32_t(i), uint16_t(n), uint16_t(min_of<int64_t>(65535, end - i))};
+        run_tile<T, Index, false>(source.tiles[0].vectors, values, columns, &s, &s + 1, x, x.base, acc);
+      }
+    }
+    source.write(0, acc, row0, rows);
+  }
+}
+
+// One column: a dot product of each row with the activations where they are; several chains hide the FMA's latency.
+template <class IO, class Index>
+void forward_dot(const Params& p, int64_t range, void*) {
+  using T = typename ComputeOf<IO>::type;
+  const auto& h = *p.plan.header;
+  const IO* values = static_cast<const IO*>(p.values);
+  const Index* columns = static_cast<const Index*>(p.plan.columns);
+  const IO* x = static_cast<const IO*>(p.a.x);
+  const int64_t row0 = range_start(p.plan, range, p.ranges) * sparse::kRowBlock;
+  const int64_t row1 = min_of(h.rows, range_start(p.plan, range + 1, p.ranges) * sparse::kRowBlock);
+  for (int64_t n = row0; n < row1; ++n) {
+    int64_t i = p.plan.row_offsets[n];
+    const int64_t end = p.plan.row_offsets[n + 1];
+    T sum[4] = {p.a.bias ? bias_at<LinearColumns<IO>>(p.a.bias, n) : T(0), 0, 0, 0};
+    for (; i + 8 <= end; i += 8)
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j) sum[j & 3] += to_compute(values[i + j]) * to_compute(x[columns[i + j]]);
+    for (; i < end; ++i) sum[0] += to_compute(values[i]) * to_compute(x[columns[i]]);
+    const T y = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    from_compute(p.a.relu && y < 0 ? T(0) : y, static_cast<IO*>(p.a.y) + n);
+  }
+}
+
+// Sampled dense-dense: grad_values[i] = sum over columns of grad[row i] * x[column i], over all groups in order.
+template <class T, class Index, bool kTable, int kVectors>
+void dot_segments(const Index* columns, const Segment* s, const Segment* end, const Lowered<T>& x, const char* base,
+                  const T* grad, T* grad_values) {
+  using V = typename Simd<T>::V;
+  constexpr int L = Simd<T>::kLanes;
+  for (; s < end; ++s) {
+    V g[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) g[v] = load<V>(grad + int64_t(s->row) * Simd<T>::kPanel + v * L);
+    for (int i = 0; i < s->count; ++i) {
+      const T* q = row_of<kTable>(x, base, columns[s->start + i]);
+      V even = g[0] * load<V>(q), odd = V{};
+#pragma GCC unroll 8
+      for (int v = 1; v < kVectors; ++v) (v & 1 ? odd : even) += g[v] * load<V>(q + v * L);
+      grad_values[s->start + i] += sum_lanes<T, L>(even + odd);
+    }
+  }
+}
+
+template <class Source, class Index>
+void grad_values_columns(const Params& p, int64_t range, void* workspace) {
+  using T = typename Source::T;
+  constexpr int P = Simd<T>::kPanel;
+  const auto& h = *p.plan.header;
+  const int64_t first = range_start(p.plan, range, p.ranges), last = range_start(p.plan, range + 1, p.ranges);
+  char* ws = static_cast<char*>(workspace);
+  int32_t* table = reinterpret_cast<int32_t*>(ws);
+  void* lowered = ws + Workspace<Source>::table_bytes(p);
+  T* grad = reinterpret_cast<T*>(static_cast<char*>(lowered) + Workspace<Source>::lowered_bytes(p));
+  const Index* columns = static_cast<const Index*>(p.plan.columns);
+  T* out = static_cast<T*>(p.grad_values);
+  const int64_t groups = Source::group_count(p.a);
+  Source source(p.a);
+  for (int64_t group = 0; group < groups; ++group) {
+    source.begin(group);
+    const int64_t step = blocks_at_once<T>(p, source.tile_count);
+    for (int64_t block0 = first; block0 < last; block0 += step) {
+      const int64_t block1 = min_of(last, block0 + step);
+      const int64_t row0 = block0 * sparse::kRowBlock, rows = min_of(h.rows, block1 * sparse::kRowBlock) - row0;
+      for (int tile = 0; tile < source.tile_count; ++tile)
+        source.read_output(tile, row0, rows, grad + tile * rows * P);
+      for (int64_t kb = 0; kb < h.k_blocks; ++kb) {
+        const int64_t k0 = kb * h.k_block;
+        const Lowered<T> x = source.lower(k0, min_of(h.width, k0 + h.k_block), lowered, table);
+        Lowered<T> shifted = x;
+        if (Source::kTable) shifted.table = reinterpret_cast<const int32_t*>(uintptr_t(x.table) - uintptr_t(k0) * 4);
+        for (int tile = 0; tile < source.tile_count; ++tile) {
+          uintptr_t base = uintptr_t(x.base) + uintptr_t(source.tiles[tile].column * int64_t(sizeof(T)));
+          if (!Source::kTable) base -= uintptr_t(k0 * x.pitch);
+          for (int64_t b = block0; b < block1; ++b) {
+            const uint32_t* cell = p.plan.cells + b * h.k_blocks + kb;
+            const Segment *s = p.plan.segments + cell[0], *end = p.plan.segments + cell[1];
+            const T* g = grad + (tile * rows + (b - block0) * sparse::kRowBlock) * P;
+            const char* at = reinterpret_cast<const char*>(base);
+            switch (source.tiles[tile].vectors) {
+#define SLIM_CASE(n) \
+  case n: \
+    if constexpr (n <= Simd<T>::kVectors) \
+      dot_segments<T, Index, Source::kTable, n>(columns, s, end, shifted, at, g, out); \
+    break;
+              SLIM_CASE(1)
+              SLIM_CASE(2)
+              SLIM_CASE(3)
+              SLIM_CASE(4)
+              SLIM_CASE(5)
+              SLIM_CASE(6)
+              SLIM_CASE(7)
+              SLIM_CASE(8)
+#undef SLIM_CASE
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// Rows long enough, and columns few enough, for the row kernel.
+template <class T>
+SLIM_INLINE bool few_columns(const Params& p) {
+  return p.a.m <= 2 * Simd<T>::kLanes && Simd<T>::kVectors > 2;
+}
+
+int64_t group_count(const Params& p) {
+  if (p.dot) return 1;
+  return with_dtype(p.a.dtype, [&](auto io) {
+    return with_source<decltype(io)>(p.a, [&](auto* source) { return Pointee<decltype(source)>::group_count(p.a); });
+  });
+}
+
+int64_t workspace_bytes(const Params& p) {
+  if (p.dot) return 0;
+  return with_dtype(p.a.dtype, [&](auto io) {
+    using T = typename ComputeOf<decltype(io)>::type;
+    const int64_t columns = with_source<decltype(io)>(
+        p.a, [&](auto* source) { return Workspace<Pointee<decltype(source)>>::bytes(p); });
+    if (p.a.conv || !few_columns<T>(p)) return columns;
+    const int64_t rows = (sparse::kRowBlock + p.plan.header->width) * Simd<T>::kPanel * int64_t(sizeof(T));
+    return max_of(columns, rows);
+  });
+}
+
+template <class IO, class Index>
+void forward_as(const Params& p, int64_t task, void* workspace) {
+  if (p.dot) return forward_dot<IO, Index>(p, task, workspace);
+  if (!p.a.conv && few_columns<typename ComputeOf<IO>::type>(p)) return forward_rows<IO, Index>(p, task, workspace);
+  with_source<IO>(p.a, [&](auto* source) { forward_columns<Pointee<decltype(source)>, Index>(p, task, workspace); });
+}
+
+void forward(const Params& p, int64_t task, void* workspace) {
+  with_dtype(p.a.dtype, [&](auto io) {
+    p.plan.header->wide ? forward_as<decltype(io), uint32_t>(p, task, workspace)
+                        : forward_as<decltype(io), uint16_t>(p, task, workspace);
+  });
+}
+
+void grad_values(const Params& p, int64_t range, void* workspace) {
+  with_dtype(p.a.dtype, [&](auto io) {
+    with_source<decltype(io)>(p.a, [&](auto* source) {
+      using Source = Pointee<decltype(source)>;
+      p.plan.header->wide ? grad_values_columns<Source, uint32_t>(p, range, workspace)
+                          : grad_values_columns<Source, uint16_t>(p, range, workspace);
+    });
+  });
+}
+
+const sparse::Kernels kernels = {group_count, workspace_bytes, forward, grad_values};
+
+}  // namespace sp
+}  // namespace
+}  // namespace slim::cpu::SLIM_ISA

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""slimtorch: trained PyTorch networks made smaller and really faster.
+
+    prune_      which weights, blocks or neurons to keep
+    pack_       each layer goes to the format that measured fastest, or stays dense
+    measure     parameters, bytes, multiply-accumulates, latency
+
+Formats are in :mod:`slimtorch.formats`, layers in :mod:`slimtorch.nn`, operators in :mod:`slimtorch.ops`.
+"""
+
+import torch  # noqa: F401  the native library links against torch's, which must be loaded first
+
+try:
+    from slimtorch import _C
+except ImportError as error:
+    raise ImportError(
+        f"slimtorch: the native library slimtorch._C cannot be loaded ({error}); "
+        "build it with `pip install .` in the source tree, with the torch that runs it"
+    ) from error
+
+from slimtorch import formats, nn, ops, prune, reference
+from slimtorch.measure import Measurement, measure
+from slimtorch.packing import PackReport, pack_
+from slimtorch.prune import prune_
+
+__version__: str = _C.version
+
+__all__ = [
+    "Measurement",
+    "PackReport",
+    "_C",
+    "__version__",
+    "formats",
+    "measure",
+    "nn",
+    "ops",
+    "pack_",
+    "prune",
+    "prune_",
+    "reference",
+]

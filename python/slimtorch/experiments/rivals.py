@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dense code that a pruned network has to beat."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+from torch.utils import mkldnn
+
+from slimtorch.measure import Latency
+
+TORCH, ONEDNN, FROZEN = "torch", "oneDNN", "frozen"
+
+
+def dense_rivals(model: nn.Module, x: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
+    """Ways to run ``model`` densely on ``x`` (CPU, float32), by name; each callable gives the output.
+
+    - ``torch``: the module as it is.
+    - ``oneDNN``: ``torch.utils.mkldnn.to_mkldnn``, weights prepacked; converting ``x`` and the output is inside.
+    - ``frozen``: ``torch.jit.optimize_for_inference``, which also fuses and saves Python's share.
+
+    A rival that cannot run this model, or whose output differs, is left out; ``torch`` is always there.
+    """
+    model = copy.deepcopy(model).eval()
+    rivals: dict[str, Callable[[], torch.Tensor]] = {TORCH: lambda: model(x)}
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # both converters announce their age on every call
+        expected = model(x)
+        for name, build in ((ONEDNN, _onednn), (FROZEN, _frozen)):
+            try:
+                call = build(model, x)
+                result = call()
+            except (RuntimeError, TypeError, NotImplementedError):
+                continue
+            if torch.allclose(result, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+                rivals[name] = call
+    return rivals
+
+
+def _onednn(model: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    converted = mkldnn.to_mkldnn(copy.deepcopy(model))
+    return lambda: converted(x.to_mkldnn()).to_dense()
+
+
+def _frozen(model: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    traced = torch.jit.optimize_for_inference(torch.jit.trace(model, x))
+    return lambda: traced(x)
+
+
+def best_dense(latencies: Mapping[str, Latency]) -> float:
+    """Median seconds of the fastest dense rival among ``latencies``."""
+    return min(latency.median for name, latency in latencies.items() if name in (TORCH, ONEDNN, FROZEN))

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operators over format objects. Under each lies ``torch.ops.slimtorch.*`` over plain tensors."""
+
+from slimtorch.ops.block_sparse import block_sparse_conv2d, block_sparse_linear
+from slimtorch.ops.sparse import sparse_conv2d, sparse_linear
+
+__all__ = ["block_sparse_conv2d", "block_sparse_linear", "sparse_conv2d", "sparse_linear"]

@@ -1,0 +1,808 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``pack_``: every layer goes to the format that measured fastest on the given inputs, or stays dense.
+
+    run once ──▶ real inputs of each layer ──▶ candidate formats ──▶ race against dense ──▶ choose
+                                                                                            │
+                          model keeps what is faster as a whole  ◀── race of whole models ◀─┘
+
+A layer is converted *in place*: the module object stays the same and becomes a packed layer (its class and attributes
+change). So every reference to it holds on, a layer that is used several times is converted once, and a bare layer can
+be the whole model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from slimtorch import _select
+from slimtorch.formats import BlockSparse, Sparse
+from slimtorch.formats._common import matrix_shape
+from slimtorch.formats.block_sparse import check_block_size
+from slimtorch.measure import Latency, eval_mode, interleave, memory_bytes, prepacked_bytes, split_inputs
+from slimtorch.nn import BlockSparseConv2d, BlockSparseLinear, PackedLayer, SparseConv2d, SparseLinear
+from slimtorch.ops._common import KERNEL_DTYPES, Pair
+from slimtorch.prune.mask import Mask, bake_, mask_of
+from slimtorch.report import Table, format_bytes, format_seconds
+
+FormatName = Literal["auto", "dense", "sparse", "block_sparse"]
+Formats = FormatName | Sequence[FormatName]
+Objective = Literal["latency", "size"]
+
+FORMATS = ("sparse", "block_sparse")
+BLOCK_SIZES: tuple[Pair, ...] = ((1, 4), (1, 16), (4, 16), (8, 8), (16, 16), (32, 32), (64, 64))
+
+# What "auto" tries at all. Beyond these bounds no kernel has a chance, and measuring would only take time.
+_SPARSE_MAX_DENSITY = 0.8
+_BLOCK_MAX_DENSITY = 0.9  # stored entries over entries of the weight
+_BLOCK_MIN_FILL = 0.4  # nonzero entries over stored entries: how well blocks of a size fit the zeros
+
+_SAMPLE_SECONDS = 2e-3  # a sample repeats its call until it lasts this long
+_HEAT_SAMPLES, _FINAL_SAMPLES, _MODEL_SAMPLES = 3, 11, 15
+_FINALISTS = 3
+_MODEL_TOLERANCE = 0.01  # by how much a packed model may seem slower than dense: the noise of a median
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One format on one layer.
+
+    Attributes:
+        format: "dense", "sparse" or "block_sparse".
+        block_size: of block_sparse, else None.
+        density: stored entries over entries of the weight.
+        nbytes: of the weight in this format.
+        latency: seconds of all calls of the layer in one run of the model; None where the format gave wrong results.
+        error: largest deviation from the dense output, in units of what rounding explains; must be at most 1.
+    """
+
+    format: str
+    block_size: Pair | None
+    density: float
+    nbytes: int
+    latency: Latency | None
+    error: float
+
+    @property
+    def label(self) -> str:
+        """The format in one word, "16x16" for blocks."""
+        return self.format if self.block_size is None else "{}x{}".format(*self.block_size)
+
+
+@dataclass
+class LayerReport:
+    """What was tried on a layer, what became of it and why.
+
+    Attributes:
+        name: in the model, "" for a bare layer; of layers that share one weight, the first.
+        kind: "Linear" or "Conv2d".
+        shape: of the dense weight.
+        sparsity: share of zeros in the weight.
+        inputs: shapes of the inputs it was measured on.
+        trials: dense first; empty where nothing could be measured.
+        chosen: label of the format kept, "dense" where the layer stays as it was.
+        speedup: dense time over the chosen format's; 1 for dense.
+        reason: one sentence.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    sparsity: float
+    inputs: list[tuple[int, ...]] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list)
+    chosen: str = "dense"
+    speedup: float = 1.0
+    reason: str = ""
+
+    def trial(self, label: str) -> Trial:
+        """The trial of that label; KeyError where there is none."""
+        for trial in self.trials:
+            if trial.label == label:
+                return trial
+        raise KeyError(label)
+
+
+@dataclass
+class PackReport:
+    """The answer of :func:`pack_`; prints as a table. Latencies in seconds.
+
+    Attributes:
+        layers: every layer considered, in the model's order.
+        objective: "latency" or "size".
+        dense_latency: of the whole model before, masks of pruning baked; None where no layer was converted.
+        packed_latency: of the whole model after; None where no layer was converted.
+        bytes_before: parameters and buffers of the dense model, without masks.
+        bytes_after: the same, packed.
+        bytes_prepacked: what kernels keep beside, derived from the positions.
+        device: the model ran on.
+        threads: of torch.
+        notes: what the table cannot say, one sentence each.
+    """
+
+    layers: list[LayerReport]
+    objective: str
+    dense_latency: Latency | None
+    packed_latency: Latency | None
+    bytes_before: int
+    bytes_after: int
+    bytes_prepacked: int
+    device: str
+    threads: int
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def packed(self) -> list[LayerReport]:
+        """The layers that were converted."""
+        return [layer for layer in self.layers if layer.chosen != "dense"]
+
+    @property
+    def speedup(self) -> float:
+        """Of the whole model, dense over packed; 1 where nothing was converted."""
+        if self.dense_latency is None or self.packed_latency is None:
+            return 1.0
+        return self.dense_latency.median / self.packed_latency.median
+
+    def table(self) -> Table:
+        """One row per layer: what was tried, with median times, what was chosen and why."""
+        rows: list[list[object]] = []
+        for layer in self.layers:
+            tried = ", ".join(f"{trial.label} {_median(trial)}" for trial in layer.trials)
+            rows.append([
+                layer.name or "(model)", layer.shape, f"{layer.sparsity:.1%}", tried or None, layer.chosen,
+                f"{layer.speedup:.2f}x", layer.reason,
+            ])  # fmt: skip
+        notes = [f"{len(self.packed)} of {len(self.layers)} layers packed, for {self.objective}"]
+        if self.dense_latency is not None and self.packed_latency is not None:
+            notes.append(f"whole model: dense {self.dense_latency}, packed {self.packed_latency}: {self.speedup:.2f}x")
+        prepacked = f" + {format_bytes(self.bytes_prepacked)} prepacked" if self.bytes_prepacked else ""
+        notes.append(
+            f"bytes: {format_bytes(self.bytes_before)} before, {format_bytes(self.bytes_after)} after{prepacked}"
+        )
+        columns = ["layer", "weight", "zeros", "tried: median per run", "chosen", "speed-up", "reason"]
+        title = f"Packed on {self.device}, {self.threads} thread{'s' if self.threads != 1 else ''}"
+        return Table(title, columns, rows, [*notes, *self.notes])
+
+    def trials(self) -> Table:
+        """One row per layer and format: times with spread, bytes, density."""
+        rows: list[list[object]] = []
+        for layer in self.layers:
+            for trial in layer.trials:
+                t = trial.latency
+                rows.append([
+                    layer.name or "(model)", trial.label, trial.density, format_bytes(trial.nbytes),
+                    None if t is None else format_seconds(t.median),
+                    None if t is None else f"{format_seconds(t.p10)} - {format_seconds(t.p90)}",
+                    None if t is None else t.samples,
+                    "chosen" if trial.label == layer.chosen else "",
+                ])  # fmt: skip
+        columns = ["layer", "format", "density", "bytes", "median", "p10 - p90", "samples", ""]
+        return Table("Formats tried, layer by layer", columns, rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: every field, and the whole model's speed-up."""
+        return {**cast("dict[str, Any]", _plain(asdict(self))), "speedup": self.speedup}
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+
+def _median(trial: Trial) -> str:
+    return "wrong" if trial.latency is None else format_seconds(trial.latency.median)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+# --- the verb ---------------------------------------------------------------------------------------------------------
+
+
+def pack_(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    formats: Formats | Mapping[str, Formats | None] = "auto",
+    objective: Objective = "latency",
+    filter_fn: _select.FilterFn | None = None,
+    block_sizes: Sequence[Pair] = BLOCK_SIZES,
+    min_gain: float = 0.05,
+    time_budget: float = 60.0,
+) -> PackReport:
+    """Give each ``nn.Linear`` and ``nn.Conv2d`` the format that is fastest on these inputs, in place.
+
+    The model runs once in ``eval()`` without gradients; then every layer is raced, on the inputs it really got, against
+    each candidate format, by turns and in several rounds. A format must give the dense layer's result within rounding.
+    In the end the whole model is raced too, and the layers that gain least go back to dense until it is not slower.
+    Masks of :func:`slimtorch.prune_` are baked into the weights of the layers considered. Bias parameters, hooks and
+    training flags stay; optimizers must be given the new ``values`` parameters.
+
+    Args:
+        model: any module, a single layer too (it changes its class in place).
+        example_inputs: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments. The choice
+            holds for inputs of this kind: give a typical batch.
+        formats: "auto" (all formats that fit the zeros), a name ("sparse", "block_sparse", "dense"), a list of names,
+            or a dict from glob of layer names to one of these. Formats that are named are tried whatever the density.
+        objective: "latency" keeps the fastest format, and dense where none is faster by ``min_gain``. "size" keeps the
+            one with the fewest bytes among those that are at most ``min_gain`` slower than dense.
+        filter_fn: ``filter_fn(module, name) -> bool``; layers for which it is false are left alone.
+        block_sizes: block sizes to try. "auto" takes those that fit the zeros of the weight.
+        min_gain: see ``objective``; 0.05 is 5 %.
+        time_budget: seconds that the measurements should take, about; large models may need longer.
+
+    Returns:
+        What was tried, the times and the reasons. Where no layer gains, it says so and the weights are as before.
+
+    Raises:
+        TypeError: ``model`` is no module; wrong kind of ``formats`` or ``block_sizes``.
+        ValueError: inputs that do not fit, NaN weights, an unknown format or objective, a glob that matches nothing,
+            numbers out of range. The model is left as it was, on any other exception too.
+    """
+    chosen = _select.resolve(model, formats, filter_fn, types=(nn.Linear, nn.Conv2d))
+    wanted = [(name, module, _format_names(value)) for name, module, value in chosen]
+    sizes = [check_block_size(size) for size in block_sizes]
+    if objective not in ("latency", "size"):
+        raise ValueError(f"objective: expected 'latency' or 'size', got {objective!r}")
+    _check_number("min_gain", min_gain)
+    _check_number("time_budget", time_budget)
+
+    args, kwargs = split_inputs(example_inputs)
+    with eval_mode(model), torch.no_grad():
+        seen = _capture(model, [module for _, module, _ in wanted], args, kwargs)
+        for name, module, _ in wanted:
+            if bool(torch.isnan(cast(Tensor, module.weight)).any()):
+                raise ValueError(f"model: the weight of layer {name!r} holds NaN; repair it before packing")
+        units, reports = _units(model, wanted, seen)
+        race = _Race(objective, min_gain, sizes)
+        todo = [unit for unit in units if unit.members]
+        deadline = time.monotonic() + time_budget
+        try:
+            with _progress(len(todo) + 1) as advance:
+                for index, unit in enumerate(todo):
+                    left = deadline - time.monotonic()
+                    race.run(unit, left / (len(todo) - index + 1))
+                    advance(unit.report.name or "(model)")
+                for unit in units:
+                    unit.show("dense")
+                before = memory_bytes(model)
+                device = _device(args, kwargs, model)
+                notes, latencies = _settle(model, units, args, kwargs, race, device)
+                advance("whole model")
+        except BaseException:
+            for unit in units:
+                unit.show("original")
+            raise
+        for unit in units:
+            unit.commit()
+    if not reports:
+        notes.append("no dense Linear or Conv2d layer to pack: the model is as it was")
+    elif not any(unit.winner for unit in units):
+        notes.append("no layer gains from another format: every weight is as it was")
+    return PackReport(
+        layers=reports,
+        objective=objective,
+        dense_latency=latencies[0],
+        packed_latency=latencies[1],
+        bytes_before=before,
+        bytes_after=memory_bytes(model),
+        bytes_prepacked=prepacked_bytes(model),
+        device=str(device),
+        threads=torch.get_num_threads(),
+        notes=notes,
+    )
+
+
+def _format_names(value: object) -> tuple[str, ...]:
+    """The names in one configuration, "auto" left as it is."""
+    names = (value,) if isinstance(value, str) else value
+    if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"formats: expected a name, a list of names or a dict of globs to them, got {value!r}")
+    known = ("auto", "dense", *FORMATS)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"formats: expected one of {', '.join(map(repr, known))}, got {name!r}")
+    return tuple(names)
+
+
+def _check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}: expected a finite number, at least 0, got {value!r}")
+
+
+# --- the inputs that layers really get --------------------------------------------------------------------------------
+
+_Inputs = list[tuple[Tensor, int]]  # each kind of input once, with the number of calls
+
+
+def _capture(
+    model: nn.Module, layers: Sequence[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[int, _Inputs]:
+    """id of a layer -> the inputs of its calls in one run; calls alike in shape, strides and dtype count together."""
+    seen: dict[int, dict[object, tuple[Tensor, int]]] = {id(layer): {} for layer in layers}
+
+    def note(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        x = positional[0] if positional else keywords.get("input")
+        if isinstance(x, Tensor):
+            kind = (tuple(x.shape), tuple(x.stride()), x.dtype, x.device)
+            kept, calls = seen[id(module)].get(kind, (x.detach(), 0))
+            seen[id(module)][kind] = (kept, calls + 1)
+
+    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    try:
+        model(*args, **kwargs)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        given = ", ".join(_describe(value) for value in (*args, *kwargs.values()))
+        raise ValueError(f"example_inputs: the model cannot run on {given}: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {key: list(kinds.values()) for key, kinds in seen.items()}
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return type(value).__name__
+
+
+def _device(args: tuple[Any, ...], kwargs: dict[str, Any], model: nn.Module) -> torch.device:
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    return next((tensor.device for tensor in (*tensors, *model.parameters())), torch.device("cpu"))
+
+
+# --- layers that change their form ------------------------------------------------------------------------------------
+
+_Form = tuple[type[nn.Module], dict[str, Any]]  # what a module is: its class and its attributes
+
+# A packed layer takes over the hooks of the layer it replaces: handles that remove them go on working.
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
+)  # fmt: skip
+
+
+def _form_of(module: nn.Module) -> _Form:
+    return type(module), module.__dict__
+
+
+@dataclass
+class _Member:
+    """One layer: the module of the model, a plain dense twin of it, and the inputs it got."""
+
+    module: nn.Module
+    twin: nn.Linear | nn.Conv2d
+    inputs: _Inputs
+    forms: dict[str, _Form]
+
+    @classmethod
+    def of(cls, module: nn.Linear | nn.Conv2d, inputs: _Inputs) -> _Member:
+        twin = _plain_twin(module)
+        original = _form_of(module)
+        member = cls(module, twin, inputs, {"original": original})
+        member.forms["dense"] = member._in_place(twin) if mask_of(module) is not None else original
+        return member
+
+    def _in_place(self, stand_in: nn.Module) -> _Form:
+        """The form of ``stand_in`` with the hooks, the bias and the user's own attributes of the original module."""
+        _, original = self.forms["original"]
+        own = {k: v for k, v in original.items() if k not in self.twin.__dict__ and k != "parametrizations"}
+        hooks = {k: original[k] for k in _HOOKS if k in original}
+        attributes = {**own, **stand_in.__dict__, **hooks, "training": self.module.training}
+        attributes["_parameters"] = {**stand_in._parameters, "bias": original["_parameters"]["bias"]}
+        return type(stand_in), attributes
+
+    def pack(self, layer: PackedLayer) -> None:
+        self.forms["packed"] = self._in_place(layer)
+
+    def show(self, form: str) -> None:
+        kind, attributes = self.forms[form]
+        self.module.__class__ = kind
+        self.module.__dict__ = attributes
+
+
+@dataclass
+class _Unit:
+    """Layers that share one weight (mostly a single one), which therefore take the same format."""
+
+    report: LayerReport
+    names: tuple[str, ...]
+    members: list[_Member]
+    winner: Trial | None = None
+
+    def show(self, form: str) -> None:
+        """Turn the modules into what they were ("original"), plain dense layers ("dense") or the winner ("packed")."""
+        for member in self.members:
+            member.show("dense" if form == "packed" and self.winner is None else form)
+
+    def commit(self) -> None:
+        """What the modules are from now on."""
+        if self.winner is not None:
+            self.show("packed")
+            return
+        self.show("original")
+        for member in self.members:
+            bake_(member.module)
+
+
+def _plain_twin(module: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
+    """A dense layer without hooks and parametrizations that computes the same, sharing tensors where it can."""
+    meta = torch.device("meta")
+    twin: nn.Linear | nn.Conv2d
+    if isinstance(module, nn.Linear):
+        twin = nn.Linear(module.in_features, module.out_features, module.bias is not None, meta)
+    else:
+        twin = nn.Conv2d(
+            module.in_channels, module.out_channels, cast(Pair, module.kernel_size), cast(Pair, module.stride),
+            cast("str | Pair", module.padding), cast(Pair, module.dilation), module.groups, module.bias is not None,
+            module.padding_mode, meta,
+        )  # fmt: skip
+    twin.weight = nn.Parameter(module.weight.detach(), requires_grad=module.weight.requires_grad)
+    if module.bias is not None:
+        twin.bias = module.bias
+    return twin.eval()
+
+
+def _units(
+    model: nn.Module, wanted: Sequence[tuple[str, nn.Module, tuple[str, ...]]], seen: dict[int, _Inputs]
+) -> tuple[list[_Unit], list[LayerReport]]:
+    """The layers to convert, those that share a weight together; those that cannot be get a reason instead."""
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((name, module))
+    considered = {id(module) for _, module, _ in wanted}
+    units: dict[int, _Unit] = {}
+    reports: list[LayerReport] = []
+    for name, module, names in wanted:
+        assert isinstance(module, (nn.Linear, nn.Conv2d))
+        weight = module.weight.detach()
+        kind = "Linear" if isinstance(module, nn.Linear) else "Conv2d"
+        zeros = 1 - int(torch.count_nonzero(weight)) / max(1, weight.numel())
+        report = LayerReport(name, kind, tuple(weight.shape), zeros)
+        reports.append(report)
+        inputs = seen[id(module)]
+        report.inputs = [tuple(x.shape) for x, _ in inputs]
+        mask = mask_of(module)
+        stored = cast(Tensor, cast(Any, module).parametrizations.weight.original) if mask is not None else module.weight
+        sharing = owners.get(id(stored), [])
+        reason = _obstacle(module)
+        if reason is None:
+            strangers = [
+                n for n, m in sharing if m is not module and id(m) not in considered and not _is_list_of(m, module)
+            ]
+            if strangers or (mask is not None and len(sharing) > 1):
+                others = strangers or [n for n, m in sharing if m is not module]
+                reason = f"its weight is shared with {', '.join(map(repr, others))}, which cannot be packed with it"
+        if reason is not None:
+            report.reason = reason
+            continue
+        member = _Member.of(module, inputs)
+        unit = units.get(id(stored))
+        if unit is None:
+            units[id(stored)] = _Unit(report, names, [member])
+        else:
+            unit.members.append(member)
+            unit.report.inputs += report.inputs
+            reports.remove(report)
+    return list(units.values()), reports
+
+
+def _is_list_of(owner: nn.Module, layer: nn.Module) -> bool:
+    """Whether ``owner`` is the list inside ``layer`` that holds the layer's parametrized weight."""
+    return isinstance(owner, parametrize.ParametrizationList) and any(owner is part for part in layer.modules())
+
+
+def _obstacle(module: nn.Linear | nn.Conv2d) -> str | None:
+    """Why the layer cannot be converted, or None."""
+    base: type = type(module)
+    if parametrize.is_parametrized(module):
+        lists = cast("Mapping[str, Any]", module.parametrizations)
+        if set(lists) != {"weight"} or not all(isinstance(part, Mask) for part in lists["weight"]):
+            return "its parameters are parametrized by something other than a mask of slimtorch.prune"
+        base = base.__mro__[1]
+    elif "weight" not in module._parameters:
+        return "its weight is computed by a hook; make it permanent first (torch.nn.utils.prune.remove and the like)"
+    if base not in (nn.Linear, nn.Conv2d):
+        return f"{base.__name__} is a class of its own"
+    if "forward" in module.__dict__:
+        return "its forward has been replaced"
+    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+        return f"padding_mode is {module.padding_mode!r}"
+    if module.weight.numel() == 0:
+        return "its weight is empty"
+    weight = module.weight
+    if weight.dtype not in KERNEL_DTYPES.get(weight.device.type, ()):
+        return f"no kernels for {weight.dtype} on {weight.device.type}"
+    return None
+
+
+# --- candidates -------------------------------------------------------------------------------------------------------
+
+
+def block_density(weight: Tensor, block_size: Pair) -> float:
+    """Entries that :class:`slimtorch.formats.BlockSparse` would store, over entries of the weight."""
+    rows, width = matrix_shape(weight.shape)
+    r, c = block_size
+    nonzero = F.pad((weight != 0).reshape(rows, width), (0, -width % c, 0, -rows % r))
+    blocks = nonzero.reshape(-1, r, nonzero.shape[1] // c, c).any(dim=3).any(dim=1)
+    return int(blocks.sum()) * r * c / weight.numel()
+
+
+def _candidates(
+    weight: Tensor, sparsity: float, names: tuple[str, ...], block_sizes: Sequence[Pair]
+) -> list[tuple[str, Pair | None]]:
+    """The formats to race. Named ones all; of "auto" those whose density leaves them a chance."""
+    found: list[tuple[str, Pair | None]] = []
+    if "sparse" in names or ("auto" in names and 1 - sparsity <= _SPARSE_MAX_DENSITY):
+        found.append(("sparse", None))
+    if "block_sparse" in names:
+        return [*found, *(("block_sparse", size) for size in block_sizes)]
+    if "auto" in names:
+        for size in block_sizes:
+            density = block_density(weight, size)
+            if 1 - sparsity >= _BLOCK_MIN_FILL * density and density <= _BLOCK_MAX_DENSITY:
+                found.append(("block_sparse", size))
+    return found
+
+
+def _pack_layer(twin: nn.Linear | nn.Conv2d, weight: Sparse | BlockSparse) -> PackedLayer:
+    if isinstance(twin, nn.Linear):
+        if isinstance(weight, Sparse):
+            return SparseLinear.from_format(twin, weight)
+        return BlockSparseLinear.from_format(twin, weight)
+    if isinstance(weight, Sparse):
+        return SparseConv2d.from_format(twin, weight)
+    return BlockSparseConv2d.from_format(twin, weight)
+
+
+def _packed_layers(unit: _Unit, name: str, block_size: Pair | None) -> tuple[Sparse | BlockSparse, list[PackedLayer]]:
+    """A packed layer for each member of the unit; they share one parameter, as their dense weights do."""
+    dense = unit.members[0].twin.weight
+    weight = Sparse.pack(dense) if block_size is None else BlockSparse.pack(dense, block_size)
+    layers = [_pack_layer(member.twin, weight) for member in unit.members]
+    for layer in layers[1:]:
+        layer.values = layers[0].values
+    return weight, layers
+
+
+def _deviation(twin: nn.Linear | nn.Conv2d, packed: PackedLayer, x: Tensor) -> float:
+    """Largest difference of the outputs in units of what rounding explains; infinity where a value is missing.
+
+    The bound is the textbook one for a sum of K products, |error| <= K * eps * sum |x||w|, for both results, plus the
+    rounding of the output to its own dtype.
+    """
+    dense, ours = twin(x), packed(x)
+    if dense.shape != ours.shape or dense.dtype != ours.dtype:
+        return math.inf
+    wide = torch.float64 if dense.dtype == torch.float64 else torch.float32
+    terms = math.prod(twin.weight.shape[1:]) + 1
+    bias = None if twin.bias is None else twin.bias.abs().to(wide)
+    magnitude = torch.func.functional_call(
+        twin, {"weight": twin.weight.abs().to(wide), **({} if bias is None else {"bias": bias})}, (x.abs().to(wide),)
+    )
+    bound = (2 * terms * torch.finfo(wide).eps + 2 * torch.finfo(dense.dtype).eps) * magnitude
+    bound += torch.finfo(dense.dtype).tiny
+    # Where an activation is not finite, dense multiplies it with zeros that a packed layer does not store.
+    finite = dense.isfinite() & magnitude.isfinite()
+    excess = ((ours.to(wide) - dense.to(wide)).abs() / bound)[finite]
+    return float(excess.nan_to_num(nan=math.inf).max()) if excess.numel() else 0.0
+
+
+# --- races ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Race:
+    """Dense against the candidate formats, layer by layer."""
+
+    objective: Objective
+    min_gain: float
+    block_sizes: list[Pair]
+
+    def run(self, unit: _Unit, seconds: float) -> None:
+        """Race one unit within about ``seconds``; sets its winner and completes its report."""
+        report = unit.report
+        calls = [(index, x, n) for index, member in enumerate(unit.members) for x, n in member.inputs]
+        weight = unit.members[0].twin.weight.detach()
+        if not calls:
+            report.reason = "the example inputs never reach it"
+            return
+        if any(x.numel() == 0 for _, x, _ in calls):
+            report.reason = "the example inputs give it an empty batch: nothing to measure"
+            return
+        candidates = _candidates(weight, report.sparsity, unit.names, self.block_sizes)
+        if not candidates:
+            named = unit.names == ("dense",)
+            report.reason = "asked to stay dense" if named else f"only {report.sparsity:.1%} zeros: too few to skip"
+            return
+
+        size = weight.numel() * weight.element_size()
+        trials = {"dense": Trial("dense", None, 1.0, size, None, 0.0)}
+        layers: dict[str, list[nn.Module]] = {"dense": [member.twin for member in unit.members]}
+        for name, block_size in candidates:
+            held, packed = _packed_layers(unit, name, block_size)
+            error = max(_deviation(unit.members[i].twin, packed[i], x) for i, x, _ in calls)
+            trial = Trial(name, block_size, held.density, held.nbytes, None, error)
+            trials[trial.label] = trial
+            if error <= 1:
+                layers[trial.label] = [*packed]
+
+        def runner(modules: list[nn.Module]) -> Callable[[], None]:
+            def run() -> None:
+                for index, x, n in calls:
+                    for _ in range(n):
+                        modules[index](x)
+
+            return run
+
+        device = calls[0][1].device
+        started = time.monotonic()
+        heat = interleave(
+            {label: runner(modules) for label, modules in layers.items()},
+            samples=_HEAT_SAMPLES, min_sample_seconds=_SAMPLE_SECONDS, device=device,
+        )  # fmt: skip
+        finalists = self._finalists(trials, heat)
+        cost = sum(max(_SAMPLE_SECONDS, heat[label].median) for label in finalists)
+        left = seconds - (time.monotonic() - started)
+        samples = min(_FINAL_SAMPLES, max(5, int(left / cost)))
+        times = dict(heat)
+        if len(finalists) > 1:
+            times |= interleave(
+                {label: runner(layers[label]) for label in finalists},
+                samples=samples, min_sample_seconds=_SAMPLE_SECONDS, device=device,
+            )  # fmt: skip
+        report.trials = [
+            Trial(t.format, t.block_size, t.density, t.nbytes, times.get(label), t.error) for label, t in trials.items()
+        ]
+        self._choose(unit, finalists)
+        if unit.winner is not None:
+            kept = cast("list[PackedLayer]", layers[unit.winner.label])
+            for member, layer in zip(unit.members, kept, strict=True):
+                member.pack(layer)
+
+    def _finalists(self, trials: dict[str, Trial], heat: dict[str, Latency]) -> list[str]:
+        """Dense and the few formats that a closer look could still make the winner."""
+        dense = heat["dense"].median
+        rivals = [label for label in heat if label != "dense" and heat[label].median < 1.3 * dense]
+        if self.objective == "latency":
+            rivals.sort(key=lambda label: heat[label].median)
+        else:
+            limit = dense * (1 + self.min_gain)
+            rivals.sort(key=lambda label: (heat[label].median > limit, trials[label].nbytes, heat[label].median))
+        return ["dense", *rivals[:_FINALISTS]]
+
+    def _choose(self, unit: _Unit, finalists: list[str]) -> None:
+        report = unit.report
+        wrong = [trial.label for trial in report.trials if trial.error > 1]
+        seconds = {t.label: t.latency.median for t in report.trials if t.latency is not None}
+        dense = seconds.pop("dense")
+        if not seconds:
+            report.reason = f"wrong results: {', '.join(wrong)}"
+            return
+        fastest = min((label for label in seconds if label in finalists), key=seconds.__getitem__, default=None)
+        if fastest is None:
+            fastest = min(seconds, key=seconds.__getitem__)
+        gain = dense / seconds[fastest]
+        best: str | None = fastest
+        if self.objective == "latency":
+            if gain < 1 + self.min_gain:
+                best = None
+                report.reason = f"{fastest} is {gain:.2f}x dense; {1 + self.min_gain:.2f}x needed"
+        else:
+            fit = [t for t in report.trials if t.label in finalists and t.label in seconds]
+            fit = [t for t in fit if seconds[t.label] <= dense * (1 + self.min_gain)]
+            fit = [t for t in fit if t.nbytes < report.trials[0].nbytes]
+            best = min(fit, key=lambda t: (t.nbytes, seconds[t.label])).label if fit else None
+            if best is None:
+                report.reason = f"no smaller format is fast enough: {fastest} is {gain:.2f}x dense"
+        if best is not None:
+            unit.winner = report.trial(best)
+            report.chosen, report.speedup = best, dense / seconds[best]
+            smaller = report.trials[0].nbytes / max(1, unit.winner.nbytes)
+            report.reason = "fastest" if self.objective == "latency" else f"smallest, {smaller:.1f}x less than dense"
+        if wrong:
+            report.reason += f"; wrong results: {', '.join(wrong)}"
+
+
+def _settle(
+    model: nn.Module,
+    units: Sequence[_Unit],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    race: _Race,
+    device: torch.device,
+) -> tuple[list[str], tuple[Latency | None, Latency | None]]:
+    """Race the whole model and send the layers that gain least back to dense until it is not slower."""
+    notes: list[str] = []
+    tolerance = _MODEL_TOLERANCE if race.objective == "latency" else race.min_gain
+    state = ["dense"]
+
+    def runner(form: str) -> Callable[[], object]:
+        def run() -> object:
+            if state[0] != form:  # once per sample: far below what a sample takes
+                state[0] = form
+                for unit in units:
+                    unit.show(form)
+            return model(*args, **kwargs)
+
+        return run
+
+    while True:
+        won = [unit for unit in units if unit.winner is not None]
+        if not won:
+            return notes, (None, None)
+        times = interleave(
+            {"dense": runner("dense"), "packed": runner("packed")}, samples=_MODEL_SAMPLES, device=device
+        )
+        dense, packed = times["dense"], times["packed"]
+        if packed.median <= dense.median * (1 + tolerance):
+            return notes, (dense, packed)
+        won.sort(key=_saved)
+        back = won[: max(1, len(won) // 4)]
+        for unit in back:
+            label = unit.report.chosen
+            unit.report.reason = (
+                f"{label} is {unit.report.speedup:.2f}x dense alone, but the whole model was slower with it"
+            )
+            unit.report.chosen, unit.report.speedup, unit.winner = "dense", 1.0, None
+        lost = ", ".join(repr(unit.report.name) for unit in back)
+        notes.append(
+            f"packed was {packed.median / dense.median:.3f}x the time of dense as a whole: {lost} went back to dense"
+        )
+
+
+def _saved(unit: _Unit) -> float:
+    """Seconds that a run of the model saves by the unit's winner."""
+    dense = unit.report.trials[0].latency
+    assert unit.winner is not None
+    assert unit.winner.latency is not None
+    assert dense is not None
+    return dense.median - unit.winner.latency.median
+
+
+# --- progress ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _progress(steps: int) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr, where that is a terminal and the work takes longer than a second."""
+    if not sys.stderr.isatty():
+        yield lambda name: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(
+        TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
+        TimeRemainingColumn(), console=Console(stderr=True), transient=True,
+    )  # fmt: skip
+    task = bar.add_task("", total=steps)
+    began = time.monotonic()
+
+    def advance(name: str) -> None:
+        bar.update(task, advance=1, description=name)
+        if not bar.live.is_started and time.monotonic() - began > 1:
+            bar.start()
+
+    try:
+        yield advance
+    finally:
+        bar.stop()

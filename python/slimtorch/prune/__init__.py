@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pruning: masks for weights, blocks, rows and columns; removal of neurons and channels; schedules."""
+
+from slimtorch.prune._verb import prune_
+from slimtorch.prune.importance import (
+    L1,
+    L2,
+    APoZ,
+    BatchNorm,
+    Evidence,
+    Group,
+    Importance,
+    Random,
+    Slots,
+    Taylor,
+    WeightImportance,
+)
+from slimtorch.prune.magnitude import Magnitude
+from slimtorch.prune.mask import Mask, bake_, mask_like_, masks, sparsity
+from slimtorch.prune.neurons import Neurons
+from slimtorch.prune.report import PrunedLayer, PruneReport
+from slimtorch.prune.schedule import Cubic, Iterative, OneShot, Pruner, Schedule
+
+__all__ = [
+    "L1",
+    "L2",
+    "APoZ",
+    "BatchNorm",
+    "Cubic",
+    "Evidence",
+    "Group",
+    "Importance",
+    "Iterative",
+    "Magnitude",
+    "Mask",
+    "Neurons",
+    "OneShot",
+    "PruneReport",
+    "PrunedLayer",
+    "Pruner",
+    "Random",
+    "Schedule",
+    "Slots",
+    "Taylor",
+    "WeightImportance",
+    "bake_",
+    "mask_like_",
+    "masks",
+    "prune_",
+    "sparsity",
+]

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: help, files written, one clear line for every mistake."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from slimtorch.cli import app
+from slimtorch.experiments import compare, layers
+from slimtorch.experiments.training import Recipe
+from slimtorch.models import LayerShape
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    recipe = Recipe(train=50, validation=20, test=50, epochs=0.2)
+    settings = compare.Settings(sparsities=(0.9,), seeds=1, batches=(1, 2), samples=1, recipe=recipe)
+    monkeypatch.setattr(compare, "quick", lambda: settings)
+
+
+def test_help_names_every_command_and_option():
+    for arguments in ([], ["--help"]):
+        text = run(*arguments).output
+        assert "info" in text
+        assert "compare" in text
+    text = run("compare", "--help").output
+    for option in ("--network", "--out", "--json", "--quick", "--seeds", "--jobs", "--weights", "--batch", "--threads"):
+        assert option in text
+    assert "vgg16" in text
+
+
+def test_info():
+    result = run("info", "--json")
+    assert result.exit_code == 0
+    facts = json.loads(result.output)
+    assert facts["torch"] == torch.__version__
+    assert facts["isa"] in ("scalar", "avx2", "avx512")
+    assert set(facts["cpu_features"].values()) <= {True, False}
+    table = run("info").output
+    for value in (facts["slimtorch"], facts["torch"], facts["isa"]):
+        assert value in table
+
+
+def test_compare_writes_report_json_and_plots(tiny, tmp_path):
+    out, extra = tmp_path / "out", tmp_path / "results.json"
+    result = run("compare", "--quick", "--network", "lenet300", "--out", out, "--jobs", 1, "--json", extra)
+    assert result.exit_code == 0, result.output
+    assert "LeNet-300-100" in result.output
+    assert "As accurate as dense" in result.output
+    assert json.loads(extra.read_text())["schema"] == "slimtorch.compare/1"
+    assert json.loads((out / "results.json").read_text()) == json.loads(extra.read_text())
+    assert (out / "report.html").read_text().startswith("<!doctype html>")
+    assert len(list(out.glob("*.png"))) == 2
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+def test_compare_of_layers(monkeypatch, tmp_path):
+    monkeypatch.setitem(layers.SHAPES, "vgg16", (LayerShape("conv", 8, 4, 3, padding=1, height=6),))
+    result = run("compare", "--network", "vgg16", "--quick", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "random masks" in result.output
+    assert json.loads((tmp_path / "results.json").read_text())["schema"] == "slimtorch.layers/1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--network", "lenet7"], "--network: expected digits"),
+        (["--network", "vgg16", "--seeds", "2"], "--seeds: does not apply to --network vgg16"),
+        (["--batch", "4"], "--batch: does not apply to --network digits"),
+        (["--network", "vgg16", "--weights", "x"], "--weights: does not apply to --network vgg16"),
+        (["--network", "alexnet", "--weights", "/nowhere/alexnet_l1.npz"], "no such file: /nowhere/"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(arguments, text, tmp_path):
+    result = run("compare", "--out", tmp_path, *arguments)
+    assert result.exit_code == 2
+    lines = [line for line in result.output.splitlines() if line.strip() and "━" not in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("slimtorch: ")
+    assert text in lines[0]
+
+
+def test_a_folder_that_cannot_be_made(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run("compare", "--quick", "--network", "lenet300", "--jobs", 1, "--out", tmp_path / "file")
+    assert result.exit_code == 2
+    assert "slimtorch: Not a directory" in result.output or "slimtorch: File exists" in result.output
+
+
+@pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--threads", "x"], ["--no-such-option"]])
+def test_typers_own_errors(arguments):
+    assert run("compare", *arguments).exit_code == 2
+
+
+def test_an_interrupt_says_how_to_go_on(monkeypatch, tmp_path):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "run", interrupted)
+    result = run("compare", "--out", tmp_path)
+    assert result.exit_code == 130
+    assert "the same command goes on" in result.output
