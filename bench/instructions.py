@@ -55,7 +55,8 @@ def count(arguments: Sequence[str], contender: str) -> int:
             r"^(?:totals|summary):\s+(\d+)", output.read_text() if output.exists() else "", re.MULTILINE
         )
     if done.returncode or not totals:
-        raise ValueError(f"{contender}: not counted: {done.stderr.strip().splitlines()[-1:]}")
+        said = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("==")]
+        raise ValueError(f"{contender}: not counted: {said[-1] if said else 'valgrind gave no totals'}")
     return int(totals[-1]) // _CALLS
 
 

@@ -14,6 +14,9 @@ from pathlib import Path
 
 import torch
 
+import slimtorch
+from slimtorch import _C
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Everything between a layer's call and its kernels: a change in any of these may change a time.
@@ -35,15 +38,6 @@ def _cpu_name() -> str:
     return f"{name} (family {family}, model {model})" if family and model else name
 
 
-def native() -> tuple[str | None, list[str]]:
-    """The instruction set our kernels chose and the features they found; (None, []) where they are not built."""
-    try:
-        from slimtorch import _C
-    except ImportError:
-        return None, []
-    return str(_C.isa()), sorted(name for name, present in _C.cpu_features().items() if present)
-
-
 def cores() -> list[int]:
     """The cores this process may use."""
     return sorted(os.sched_getaffinity(0))
@@ -51,11 +45,10 @@ def cores() -> list[int]:
 
 def machine() -> dict[str, object]:
     """Processor, features, chosen instruction set, cores this process may use, system."""
-    isa, features = native()
     return {
         "cpu": _cpu_name(),
-        "features": features,
-        "isa": isa,
+        "features": sorted(name for name, present in _C.cpu_features().items() if present),
+        "isa": _C.isa(),
         "forced_isa": os.environ.get("SLIMTORCH_CPU"),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
@@ -69,14 +62,8 @@ def versions() -> dict[str, str | None]:
     built_with = torch.__config__.show()
     mkl = re.search(r"Math Kernel Library Version (\S+)", built_with)
     onednn = re.search(r"MKL-DNN v(\S+)", built_with)
-    try:
-        from slimtorch import __version__
-    except ImportError:
-        ours = None
-    else:
-        ours = str(__version__)
     return {
-        "slimtorch": ours,
+        "slimtorch": slimtorch.__version__,
         "torch": torch.__version__,
         "mkl": mkl.group(1) if mkl else None,
         "onednn": onednn.group(1) if onednn else None,

@@ -43,6 +43,11 @@ else
 fi
 
 "$python" -m venv "$environment"
-"$environment/bin/python" -m pip install --disable-pip-version-check --quiet "onnxruntime>=1.17" onnx "numpy"
-usable onnxruntime
+if ! "$environment/bin/python" -m pip install --disable-pip-version-check --quiet \
+    "onnxruntime>=1.17" onnx numpy >"$log" 2>&1 || ! usable onnxruntime; then
+    echo "peers: ONNX Runtime does not install here either:" >&2
+    tail -n 3 "$log" >&2
+    rm -rf "$environment"
+    exit 1
+fi
 echo "peers: ONNX Runtime alone is in $environment ($("$environment/bin/python" --version))"

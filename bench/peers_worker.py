@@ -127,8 +127,8 @@ def main() -> None:
         answer: dict[str, Any] = {}
         try:
             if engine is None:
-                raise RuntimeError(engine_error)
-            if request["do"] == "hello":
+                answer = {"error": engine_error}
+            elif request["do"] == "hello":
                 versions = dict(engine.versions(), onnx=onnx.__version__, numpy=numpy.__version__)
                 answer = {"versions": versions, "about": engine.about()}
             elif request["do"] == "load":

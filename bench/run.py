@@ -145,6 +145,10 @@ def run(benchmark: Benchmark, options: argparse.Namespace, console: Console) -> 
         raise ValueError("no case is left by these options")
     results: Results | None = None
     cores = machine.cores()
+    if max(options.threads) > len(cores):
+        raise ValueError(
+            f"threads: expected at most the {len(cores)} cores this process may use, got {max(options.threads)}"
+        )
     for threads in sorted(set(options.threads)):
         timing = settings(options, threads)
         with contextlib.ExitStack() as stack:
@@ -245,7 +249,7 @@ def table(results: Results) -> Table:
         total = sum(len(case.timings) for case in results.cases)
         notes.append(f"noisy: p90 is more than 1.25 times p10 in {noisy} of {total} timings; was the machine busy?")
     cpu = results.machine
-    title = f"{results.benchmark} on {cpu['cpu']}, our kernels: {cpu['isa'] or 'not built'}"
+    title = f"{results.benchmark} on {cpu['cpu']}, our kernels: {cpu['isa']}"
     if len(threads) == 1:
         title += f", {threads[0]} thread{'s' if threads[0] > 1 else ''}"
     return Table(title, columns, rows, notes)

@@ -3,36 +3,46 @@
 
 An isolated build (plain ``pip install .``) has a Python environment of its own without torch, and torch is deliberately
 not among the build requirements: that would download gigabytes and might not be the torch the user runs. So this looks,
-in order, at the argument, SLIMTORCH_TORCH_DIR, what this Python would import, and the site-packages that the isolated
-environment was made from.
+in order, at what this Python would import, its site-packages (which pip's isolation hides, but does not move), and those
+of the interpreter and of the user that the environment was made from. A folder named by the argument or by
+SLIMTORCH_TORCH_DIR is the only place looked at.
 """
 
 import importlib.util
 import os
 import re
+import site
 import sys
 import sysconfig
 from pathlib import Path
 
 
 def candidates(argument: str) -> list[Path]:
-    found = [Path(p) for p in (argument, os.environ.get("SLIMTORCH_TORCH_DIR", "")) if p]
+    named = argument or os.environ.get("SLIMTORCH_TORCH_DIR", "")
+    if named:
+        return [Path(named).absolute()]
+    found = []
     spec = importlib.util.find_spec("torch")
     if spec and spec.origin:
         found.append(Path(spec.origin).parent)
+    base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
     prefixes = [sysconfig.get_path("platlib"), *(p for p in sys.path if p.endswith("-packages"))]
-    return found + [Path(p) / "torch" for p in prefixes if p]
+    prefixes += [sysconfig.get_path("platlib", vars=base), site.getusersitepackages()]
+    return found + [Path(p) / "torch" for p in prefixes]
+
+
+def version(folder: Path) -> str | None:
+    """The version of the torch package in ``folder``, or None if there is none."""
+    file = folder / "version.py"
+    match = re.search(r"__version__ *= *['\"]([^'\"]+)", file.read_text()) if file.is_file() else None
+    return match.group(1) if match else None
 
 
 def main() -> int:
     looked = candidates(sys.argv[1] if len(sys.argv) > 1 else "")
-    for path in looked:
-        version_file = path / "version.py"
-        if not version_file.is_file() or not (path / "include/torch/csrc/stable/library.h").is_file():
-            continue
-        match = re.search(r"__version__ *= *['\"]([^'\"]+)", version_file.read_text())
-        if match:
-            print(f"{path.as_posix()};{match.group(1)}", end="")
+    for folder in looked:
+        if found := version(folder):
+            print(f"{folder.as_posix()};{found}", end="")
             return 0
     print("looked in: " + ", ".join(map(str, dict.fromkeys(looked))), file=sys.stderr, end="")
     return 1

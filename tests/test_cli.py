@@ -20,7 +20,7 @@ def run(*arguments):
 @pytest.fixture
 def tiny(monkeypatch):
     recipe = Recipe(train=50, validation=20, test=50, epochs=0.2)
-    settings = compare.Settings(sparsities=(0.9,), seeds=1, batches=(1, 2), samples=1, recipe=recipe)
+    settings = compare.Settings(sparsities=(0.9,), seeds=1, batches=(1, 2), samples=1, pack_seconds=0.02, recipe=recipe)
     monkeypatch.setattr(compare, "quick", lambda: settings)
 
 

@@ -117,6 +117,11 @@ inline int64_t row_ranges(int64_t groups, int64_t limit, double flops) {
   return std::max<int64_t>(1, limit);
 }
 
+inline Scratch& packed_scratch() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
 inline float bf16_to_float(uint16_t bits) {
   const uint32_t wide = uint32_t(bits) << 16;
   float out;

@@ -9,13 +9,14 @@
 
 namespace slim::sparse {
 Tensor plan(Tensor columns, Tensor row_offsets, int64_t width, int64_t groups, int64_t taps, bool transposed);
+Tensor pack_values(Tensor values, Tensor plan);
 Tensor linear(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, SLIM_OPT plan, SLIM_OPT backward_plan,
-              SLIM_OPT bias, bool relu);
+              SLIM_OPT packed_values, SLIM_OPT bias, bool relu);
 Tensor linear_grad_input(Tensor grad, Tensor values, Tensor columns, Tensor row_offsets, SLIM_OPT backward_plan,
                          int64_t width);
 Tensor linear_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor row_offsets, SLIM_OPT plan);
 Tensor conv2d(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, SLIM_OPT plan, SLIM_OPT backward_plan,
-              SLIM_OPT bias, SLIM_INTS kernel, SLIM_INTS stride, SLIM_INTS padding, SLIM_INTS dilation, int64_t groups,
+              SLIM_OPT packed_values, SLIM_OPT bias, SLIM_INTS kernel, SLIM_INTS stride, SLIM_INTS padding, SLIM_INTS dilation, int64_t groups,
               bool relu);
 Tensor conv2d_grad_columns(Tensor grad, Tensor values, Tensor columns, Tensor row_offsets, SLIM_OPT backward_plan,
                            int64_t width, int64_t groups);

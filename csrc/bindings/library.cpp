@@ -8,10 +8,11 @@
 
 STABLE_TORCH_LIBRARY(slimtorch, m) {
   m.def("sparse_plan(Tensor columns, Tensor row_offsets, int width, int groups, int taps, bool transposed) -> Tensor");
-  m.def("sparse_linear(Tensor x, " WEIGHT ", " PLANS ", Tensor? bias, bool relu) -> Tensor");
+  m.def("sparse_pack_values(Tensor values, Tensor plan) -> Tensor");
+  m.def("sparse_linear(Tensor x, " WEIGHT ", " PLANS ", Tensor? packed_values, Tensor? bias, bool relu) -> Tensor");
   m.def("sparse_linear_grad_input(Tensor grad, " WEIGHT ", Tensor? backward_plan, int width) -> Tensor");
   m.def("sparse_linear_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor row_offsets, Tensor? plan) -> Tensor");
-  m.def("sparse_conv2d(Tensor x, " WEIGHT ", " PLANS ", Tensor? bias, " GEOMETRY ", bool relu) -> Tensor");
+  m.def("sparse_conv2d(Tensor x, " WEIGHT ", " PLANS ", Tensor? packed_values, Tensor? bias, " GEOMETRY ", bool relu) -> Tensor");
   m.def("sparse_conv2d_grad_columns(Tensor grad, " WEIGHT ", Tensor? backward_plan, int width, int groups) -> Tensor");
   m.def("sparse_conv2d_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor row_offsets, Tensor? plan, " GEOMETRY
         ") -> Tensor");
@@ -32,6 +33,7 @@ STABLE_TORCH_LIBRARY(slimtorch, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(slimtorch, CPU, m) {
   m.impl("sparse_plan", TORCH_BOX(&slim::sparse::plan));
+  m.impl("sparse_pack_values", TORCH_BOX(&slim::sparse::pack_values));
   m.impl("sparse_linear", TORCH_BOX(&slim::sparse::linear));
   m.impl("sparse_linear_grad_input", TORCH_BOX(&slim::sparse::linear_grad_input));
   m.impl("sparse_linear_grad_values", TORCH_BOX(&slim::sparse::linear_grad_values));

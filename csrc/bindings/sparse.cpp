@@ -73,15 +73,50 @@ void check_values(const Tensor& values, const Tensor& x, int64_t nnz) {
   STD_TORCH_CHECK(values.dim() == 1 && values.numel() == nnz, "values: expected one entry per column index");
 }
 
-void run_forward(Params& p, const Tensor& values) {
+// Whether `packed` still agrees with `values`, at a few dozen places spread over the weight. Python makes the copy anew
+// after every change that torch tracks; this finds those behind its back (param.data), which touch whole weights.
+template <class Packed, class Value, class Convert>
+bool probe_as(const Plan& plan, const void* values, const void* packed, Convert convert) {
+  constexpr int64_t kProbes = 32;
+  const int64_t count = plan.cells[plan.header->row_blocks * plan.header->k_blocks], probes = std::min(count, kProbes);
+  for (int64_t p = 0; p < probes; ++p) {
+    const int64_t i = count * p / probes;
+    const Packed expected = convert(static_cast<const Value*>(values)[plan.sources[i]]);
+    if (std::memcmp(static_cast<const Packed*>(packed) + plan.segments[i].start, &expected, sizeof(Packed))) return false;
+  }
+  return true;
+}
+bool agrees(const Params& p, const Tensor& values, const Tensor& packed) {
+  STD_TORCH_CHECK(packed.is_cpu() && packed.is_contiguous() && packed.numel() == p.plan.header->nnz &&
+                      int64_t(packed.element_size()) == compute_size(p.a.dtype),
+                  "packed_values: expected the result of sparse_pack_values");
+  const void *v = values.const_data_ptr(), *q = packed.const_data_ptr();
+  if (p.a.dtype == DType::bf16) return probe_as<float, uint16_t>(p.plan, v, q, bf16_to_float);
+  if (p.a.dtype == DType::f64) return probe_as<double, double>(p.plan, v, q, [](double x) { return x; });
+  return probe_as<float, float>(p.plan, v, q, [](float x) { return x; });
+}
+
+// Values as the kernel wants them: in row order, or in packed order, from `packed` if that is given and not stale.
+const void* kernel_values(const Params& p, const Tensor& values, const std::optional<Tensor>& packed) {
+  if (p.dot) return values.const_data_ptr();
+  if (kernels().by_row(p)) return compute_values(values, p.a.dtype, p.plan.order);
+  if (packed && agrees(p, values, *packed)) return packed->const_data_ptr();
+  const int64_t element = compute_size(p.a.dtype);
+  void* out = packed_scratch().get(std::max<int64_t>(1, p.plan.header->nnz * element));
+  pack_values(p.plan, compute_values(values, p.a.dtype, p.plan.order), element, out);
+  return out;
+}
+
+void run_forward(Params& p, const Tensor& values, const std::optional<Tensor>& packed) {
   const Kernels& k = kernels();
   const double flops = 2.0 * double(p.plan.header->nnz) * double(columns_of(p.a));
-  p.values = p.dot ? values.const_data_ptr() : compute_values(values, p.a.dtype, p.plan.order);
+  p.values = kernel_values(p, values, packed);
   const int64_t groups = k.group_count(p);
   p.ranges = row_ranges(groups, p.plan.header->row_blocks, flops);
   run_tasks(groups * p.ranges, k.workspace_bytes(p), flops,
             [&](int64_t task, void* workspace) { k.forward(p, task, workspace); });
   value_scratch().trim();
+  packed_scratch().trim();
 }
 
 Tensor run_grad_values(Params& p, const Tensor& x, int64_t nnz) {
@@ -109,8 +144,26 @@ Tensor plan(Tensor columns, Tensor row_offsets, int64_t width, int64_t groups, i
   return out;
 }
 
+Tensor pack_values(Tensor values, Tensor plan) {
+  STD_TORCH_CHECK(values.is_cpu() && values.dim() == 1, "values: expected a 1-D CPU tensor");
+  STD_TORCH_CHECK(plan.is_cpu() && plan.is_contiguous() && plan.scalar_type() == ScalarType::Byte &&
+                      plan.numel() >= int64_t(sizeof(PlanHeader)),
+                  "plan: expected contiguous bytes made by sparse_plan");
+  const auto* h = static_cast<const PlanHeader*>(plan.const_data_ptr());
+  Plan view;
+  STD_TORCH_CHECK(view_plan(plan.const_data_ptr(), plan.numel(), h->rows, h->width, values.numel(), false, &view),
+                  "plan: made for a matrix of other sizes");
+  const DType dtype = dtype_of(values, "values");
+  values = torch::stable::contiguous(values);
+  Tensor out = torch::stable::new_empty(values, {values.numel()},
+                                        dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
+  pack_values(view, compute_values(values, dtype, nullptr), compute_size(dtype), out.mutable_data_ptr());
+  value_scratch().trim();
+  return out;
+}
+
 Tensor linear(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, std::optional<Tensor> plan,
-              std::optional<Tensor>, std::optional<Tensor> bias, bool relu) {
+              std::optional<Tensor>, std::optional<Tensor> packed_values, std::optional<Tensor> bias, bool relu) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 1, "x: expected a CPU tensor [..., in_features]");
   const Csr csr = csr_of(columns, row_offsets, x.size(-1), 1);
   check_values(values, x, csr.nnz);
@@ -125,7 +178,7 @@ Tensor linear(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, std::
   p.plan = *holder;
   p.a = linear_activations(x, x.const_data_ptr(), y.mutable_data_ptr(), csr.width, csr.rows, bias, relu);
   p.dot = p.a.m == 1;
-  run_forward(p, values);
+  run_forward(p, values, packed_values);
   return y;
 }
 
@@ -144,7 +197,7 @@ Tensor linear_grad_input(Tensor grad, Tensor values, Tensor columns, Tensor row_
   Params p{};
   p.plan = *holder;
   p.a = linear_activations(grad, grad.const_data_ptr(), out.mutable_data_ptr(), csr.rows, width, std::nullopt, false);
-  run_forward(p, values);
+  run_forward(p, values, std::nullopt);
   return out;
 }
 
@@ -165,7 +218,7 @@ Tensor linear_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor row_offs
 }
 
 Tensor conv2d(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, std::optional<Tensor> plan,
-              std::optional<Tensor>, std::optional<Tensor> bias, std::vector<int64_t> kernel,
+              std::optional<Tensor>, std::optional<Tensor> packed_values, std::optional<Tensor> bias, std::vector<int64_t> kernel,
               std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
               bool relu) {
   STD_TORCH_CHECK(x.is_cpu(), "x: expected a CPU tensor");
@@ -186,7 +239,7 @@ Tensor conv2d(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, std::
   p.a.y = y.mutable_data_ptr();
   p.a.bias = bias ? bias->const_data_ptr() : nullptr;
   p.a.relu = relu;
-  run_forward(p, values);
+  run_forward(p, values, packed_values);
   return y;
 }
 
@@ -206,7 +259,7 @@ Tensor conv2d_grad_columns(Tensor grad, Tensor values, Tensor columns, Tensor ro
   p.plan = *holder;
   p.a.x = grad.const_data_ptr();
   p.a.y = out.mutable_data_ptr();
-  run_forward(p, values);
+  run_forward(p, values, std::nullopt);
   return out;
 }
 

@@ -26,9 +26,9 @@ from slimtorch.prune import prune_
 __version__: str = _C.version
 
 __all__ = [
+    "_C",
     "Measurement",
     "PackReport",
-    "_C",
     "__version__",
     "formats",
     "measure",

@@ -38,6 +38,7 @@ from slimtorch.report import Table, format_bytes, format_seconds
 FormatName = Literal["auto", "dense", "sparse", "block_sparse"]
 Formats = FormatName | Sequence[FormatName]
 Objective = Literal["latency", "size"]
+Statistic = Literal["median", "p10"]
 
 FORMATS = ("sparse", "block_sparse")
 BLOCK_SIZES: tuple[Pair, ...] = ((1, 4), (1, 16), (4, 16), (8, 8), (16, 16), (32, 32), (64, 64))
@@ -50,6 +51,7 @@ _BLOCK_MIN_FILL = 0.4  # nonzero entries over stored entries: how well blocks of
 _SAMPLE_SECONDS = 2e-3  # a sample repeats its call until it lasts this long
 _HEAT_SAMPLES, _FINAL_SAMPLES, _MODEL_SAMPLES = 3, 11, 15
 _FINALISTS = 3
+_NOISY = 1.5  # from this spread on (p90 over p10), a median says more about other processes than about the layer
 _MODEL_TOLERANCE = 0.01  # by how much a packed model may seem slower than dense: the noise of a median
 
 
@@ -96,6 +98,8 @@ class LayerReport:
         chosen: label of the format kept, "dense" where the layer stays as it was.
         speedup: dense time over the chosen format's; 1 for dense.
         reason: one sentence.
+        statistic: what the times were compared by: "median", or "p10" where they varied so much (other processes at
+            work) that the undisturbed samples say more.
     """
 
     name: str
@@ -107,6 +111,7 @@ class LayerReport:
     chosen: str = "dense"
     speedup: float = 1.0
     reason: str = ""
+    statistic: Statistic = "median"
 
     def trial(self, label: str) -> Trial:
         """The trial of that label; KeyError where there is none."""
@@ -154,13 +159,14 @@ class PackReport:
         """Of the whole model, dense over packed; 1 where nothing was converted."""
         if self.dense_latency is None or self.packed_latency is None:
             return 1.0
-        return self.dense_latency.median / self.packed_latency.median
+        _, (dense, packed) = _judge([self.dense_latency, self.packed_latency])
+        return dense / packed
 
     def table(self) -> Table:
         """One row per layer: what was tried, with median times, what was chosen and why."""
         rows: list[list[object]] = []
         for layer in self.layers:
-            tried = ", ".join(f"{trial.label} {_median(trial)}" for trial in layer.trials)
+            tried = ", ".join(f"{trial.label} {_time(trial, layer.statistic)}" for trial in layer.trials)
             rows.append([
                 layer.name or "(model)", layer.shape, f"{layer.sparsity:.1%}", tried or None, layer.chosen,
                 f"{layer.speedup:.2f}x", layer.reason,
@@ -168,11 +174,13 @@ class PackReport:
         notes = [f"{len(self.packed)} of {len(self.layers)} layers packed, for {self.objective}"]
         if self.dense_latency is not None and self.packed_latency is not None:
             notes.append(f"whole model: dense {self.dense_latency}, packed {self.packed_latency}: {self.speedup:.2f}x")
+        if any(layer.statistic == "p10" for layer in self.layers):
+            notes.append("~ times varied a lot (p90 above 1.5 p10): compared by, and shown as, 10th percentiles")
         prepacked = f" + {format_bytes(self.bytes_prepacked)} prepacked" if self.bytes_prepacked else ""
         notes.append(
             f"bytes: {format_bytes(self.bytes_before)} before, {format_bytes(self.bytes_after)} after{prepacked}"
         )
-        columns = ["layer", "weight", "zeros", "tried: median per run", "chosen", "speed-up", "reason"]
+        columns = ["layer", "weight", "zeros", "tried: time per run", "chosen", "speed-up", "reason"]
         title = f"Packed on {self.device}, {self.threads} thread{'s' if self.threads != 1 else ''}"
         return Table(title, columns, rows, [*notes, *self.notes])
 
@@ -200,8 +208,17 @@ class PackReport:
         return str(self.table())
 
 
-def _median(trial: Trial) -> str:
-    return "wrong" if trial.latency is None else format_seconds(trial.latency.median)
+def _time(trial: Trial, statistic: Statistic) -> str:
+    if trial.latency is None:
+        return "wrong"
+    return format_seconds(trial.latency.median) if statistic == "median" else f"~{format_seconds(trial.latency.p10)}"
+
+
+def _judge(latencies: Sequence[Latency]) -> tuple[Statistic, list[float]]:
+    """Seconds to compare latencies by, and which statistic that is: the same one for all of them."""
+    if any(latency.p90 > _NOISY * latency.p10 > 0 for latency in latencies):
+        return "p10", [latency.p10 for latency in latencies]
+    return "median", [latency.median for latency in latencies]
 
 
 def _plain(value: object) -> object:
@@ -680,19 +697,22 @@ class _Race:
 
     def _finalists(self, trials: dict[str, Trial], heat: dict[str, Latency]) -> list[str]:
         """Dense and the few formats that a closer look could still make the winner."""
-        dense = heat["dense"].median
-        rivals = [label for label in heat if label != "dense" and heat[label].median < 1.3 * dense]
+        _, judged = _judge(list(heat.values()))
+        seconds = dict(zip(heat, judged, strict=True))
+        rivals = [label for label in heat if label != "dense" and seconds[label] < 1.3 * seconds["dense"]]
         if self.objective == "latency":
-            rivals.sort(key=lambda label: heat[label].median)
+            rivals.sort(key=seconds.__getitem__)
         else:
-            limit = dense * (1 + self.min_gain)
-            rivals.sort(key=lambda label: (heat[label].median > limit, trials[label].nbytes, heat[label].median))
+            limit = seconds["dense"] * (1 + self.min_gain)
+            rivals.sort(key=lambda label: (seconds[label] > limit, trials[label].nbytes, seconds[label]))
         return ["dense", *rivals[:_FINALISTS]]
 
     def _choose(self, unit: _Unit, finalists: list[str]) -> None:
         report = unit.report
         wrong = [trial.label for trial in report.trials if trial.error > 1]
-        seconds = {t.label: t.latency.median for t in report.trials if t.latency is not None}
+        timed = {t.label: t.latency for t in report.trials if t.latency is not None}
+        report.statistic, judged = _judge(list(timed.values()))
+        seconds = dict(zip(timed, judged, strict=True))
         dense = seconds.pop("dense")
         if not seconds:
             report.reason = f"wrong results: {', '.join(wrong)}"
@@ -752,9 +772,9 @@ def _settle(
         times = interleave(
             {"dense": runner("dense"), "packed": runner("packed")}, samples=_MODEL_SAMPLES, device=device
         )
-        dense, packed = times["dense"], times["packed"]
-        if packed.median <= dense.median * (1 + tolerance):
-            return notes, (dense, packed)
+        _, (dense, packed) = _judge([times["dense"], times["packed"]])
+        if packed <= dense * (1 + tolerance):
+            return notes, (times["dense"], times["packed"])
         won.sort(key=_saved)
         back = won[: max(1, len(won) // 4)]
         for unit in back:
@@ -764,18 +784,17 @@ def _settle(
             )
             unit.report.chosen, unit.report.speedup, unit.winner = "dense", 1.0, None
         lost = ", ".join(repr(unit.report.name) for unit in back)
-        notes.append(
-            f"packed was {packed.median / dense.median:.3f}x the time of dense as a whole: {lost} went back to dense"
-        )
+        notes.append(f"packed was {packed / dense:.3f}x the time of dense as a whole: {lost} went back to dense")
 
 
 def _saved(unit: _Unit) -> float:
     """Seconds that a run of the model saves by the unit's winner."""
-    dense = unit.report.trials[0].latency
     assert unit.winner is not None
-    assert unit.winner.latency is not None
+    dense, ours = unit.report.trials[0].latency, unit.winner.latency
     assert dense is not None
-    return dense.median - unit.winner.latency.median
+    assert ours is not None
+    _, (before, after) = _judge([dense, ours])
+    return before - after
 
 
 # --- progress ---------------------------------------------------------------------------------------------------------

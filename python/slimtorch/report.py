@@ -113,7 +113,9 @@ class Table:
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        grid = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+        grid = RichTable(
+            box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, show_header=any(self.columns)
+        )
         for index, name in enumerate(self.columns):
             right = self._right_aligned(index)
             # Only words wrap: a number that is broken in two is a wrong number.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import block_sparse, run, sparse
+from bench import block_sparse, machine, run, sparse
 from bench.results import SCHEMA, Case, Results, describe, load_all
 from bench.timing import Timing
 from tests.problems import ConvProblem, LinearProblem
@@ -186,6 +186,16 @@ def test_bad_options(bad: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         run.main(sparse.BENCHMARK, bad)
     assert caught.value.code == 2
+
+
+def test_several_thread_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = machine.cores()[0]
+    monkeypatch.setattr(machine, "cores", lambda: [core, core])  # two threads, on machines with one core too
+    before = torch.get_num_threads()
+    path = tmp_path / "sparse.json"
+    assert run.main(sparse.BENCHMARK, [*TINY, "--density", "0.5", "--threads", "2", "1", "--json", str(path)]) == 0
+    assert [case.threads for case in Results.load(path).cases] == [1, 2]
+    assert torch.get_num_threads() == before
 
 
 def test_more_threads_than_cores(capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,6 +84,12 @@ def with_dtype(case: Case, dtype: torch.dtype) -> Case:
     return replace(case, dtype=dtype)
 
 
+def stored(packed: PackedLayer) -> Tensor:
+    """1 where the layer stores an entry of the dense weight (zeros inside a stored block too), else 0."""
+    held = packed.format
+    return packed._as_format(torch.ones_like(held.values), packed._positions(), {}).to_dense().detach()
+
+
 def assert_as_good(actual: Tensor, dense: Tensor, exact: Tensor) -> None:
     """`actual` is as near to the float64 result as torch's own in that dtype: at most 4 times its error, or 4 ulp.
 

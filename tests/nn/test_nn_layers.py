@@ -12,7 +12,7 @@ from torch import nn
 
 import slimtorch as slim
 from slimtorch.ops import _common
-from tests.nn.cases import Case, assert_as_good, compare, each_case, each_conv, with_dtype
+from tests.nn.cases import Case, assert_as_good, compare, each_case, each_conv, stored, with_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -177,17 +177,20 @@ def test_any_layout(case: Case, dtype: torch.dtype) -> None:
 
 
 @each_case
-def test_nan_and_inf_of_the_input_come_out_where_a_weight_meets_them(case: Case) -> None:
-    twin, packed = case.twin(), case.packed()
-    x = case.input(3)
-    x.view(3, -1)[1, 0] = float("nan")
-    y, clean = packed(x), packed(case.input(3))
-    assert torch.equal(y[0], clean[0])
-    assert torch.equal(y[2], clean[2])
-    if len(case.sample) == 1:
-        meets = (twin.weight[:, 0] != 0) if case.block_size == (1, 1) else torch.isnan(y[1])
-        assert torch.equal(torch.isnan(y[1]), meets)
-    assert bool(torch.isnan(y[1]).any())
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("batch", [3, 70])
+def test_nan_and_inf_come_out_where_a_stored_weight_meets_them(case: Case, value: float, batch: int) -> None:
+    packed = case.packed()
+    x = case.input(batch)
+    clean = packed(x)
+    x[1].view(-1)[5] = x[2].view(-1)[-1] = value
+    pattern = case.dense()
+    pattern.weight = nn.Parameter(stored(packed))
+    meets = pattern((~x.isfinite()).float()) - pattern(torch.zeros_like(x)) > 0.5
+    y = packed(x)
+    assert torch.equal(~y.isfinite(), meets)
+    assert bool(meets.any())
+    torch.testing.assert_close(y[~meets], clean[~meets])
 
 
 @each_conv

@@ -242,3 +242,45 @@ def test_evaluation_derives_no_backward_plan(case: Case) -> None:
     assert set(packed._plans) == {(packed.groups, False)}
     packed.train()
     assert set(packed._plans) == {(packed.groups, False), (packed.groups, True)}
+
+
+@each_case
+@pytest.mark.parametrize("gradients", [False, True])
+def test_no_change_of_the_values_goes_unnoticed(case: Case, gradients: bool) -> None:
+    """Nothing that a call derives from the values may outlive them, however they are changed."""
+    packed, x = case.packed(), case.input(70)
+
+    def call() -> torch.Tensor:
+        with torch.set_grad_enabled(gradients):
+            return (packed(x) - packed.bias.view(-1, *[1] * (len(case.sample) - 1))).detach()
+
+    y = call()
+
+    def assert_scaled(factor: float) -> None:
+        torch.testing.assert_close(call(), factor * y, rtol=1e-4, atol=1e-5)
+
+    with torch.no_grad():
+        packed.values.mul_(2)
+    assert_scaled(2)
+    packed.values.data = packed.values.data * 2
+    assert_scaled(4)
+    torch.nn.utils.vector_to_parameters(torch.nn.utils.parameters_to_vector([packed.values]) * 2, [packed.values])
+    assert_scaled(8)
+    packed.load_state_dict({**packed.state_dict(), "values": packed.values.detach() * 2})
+    assert_scaled(16)
+    packed.values = nn.Parameter(packed.values.detach() * 2)
+    assert_scaled(32)
+    packed.values.data.mul_(2)  # which torch's version counter does not see
+    assert_scaled(64)
+
+
+@each_case
+def test_to_dtype_and_pickle_after_use(case: Case) -> None:
+    packed, twin, x = case.packed(), case.twin(), case.input(70)
+    packed(x)
+    for dtype in (torch.bfloat16, torch.float64, torch.float32):
+        packed(x.to(packed.values.dtype))
+        packed, twin = packed.to(dtype), twin.to(dtype)
+        compare(with_dtype(case, dtype), packed, twin, x.to(dtype))
+    for same in (copy.deepcopy(packed.format), pickle.loads(pickle.dumps(packed.format))):
+        assert torch.equal(same.to_dense(), packed.weight)

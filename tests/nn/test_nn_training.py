@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import slimtorch as slim
-from tests.nn.cases import Case, assert_as_good, each_case, with_dtype
+from tests.nn.cases import Case, assert_as_good, each_case, stored, with_dtype
 
 
 @each_case
@@ -88,7 +88,7 @@ def test_gradcheck(case: Case) -> None:
 def test_training_follows_the_masked_twin(case: Case) -> None:
     case = with_dtype(case, torch.float64)
     twin, packed = case.twin(), case.packed()
-    stored = torch.zeros_like(twin.weight).copy_(_pattern(packed))
+    pattern = stored(packed)
     ours = torch.optim.Adam(packed.parameters(), 1e-2)
     theirs = torch.optim.Adam(twin.parameters(), 1e-2)
     for step in range(5):
@@ -98,16 +98,10 @@ def test_training_follows_the_masked_twin(case: Case) -> None:
             optimizer.zero_grad()
             nn.functional.mse_loss(model(x), target).backward()
             if model is twin:
-                twin.weight.grad.mul_(stored)
+                twin.weight.grad.mul_(pattern)
             optimizer.step()
     torch.testing.assert_close(packed.weight, twin.weight)
     torch.testing.assert_close(packed.bias, twin.bias)
-
-
-def _pattern(packed: slim.nn.PackedLayer) -> torch.Tensor:
-    """1 where the layer stores an entry (zeros inside stored blocks too)."""
-    held = packed.format
-    return packed._as_format(torch.ones_like(held.values), packed._positions(), {}).to_dense().detach()
 
 
 @each_case

@@ -201,10 +201,15 @@ struct PixelColumns {
         const T* from = acc + pieces[p].lane;
         IO* to = y + pieces[p].offset;
         const int32_t length = pieces[p].count;
-        if (a.relu)
-          for (int32_t i = 0; i < length; ++i) from_compute(from[i] < 0 ? T(0) : from[i], to + i);
-        else
-          for (int32_t i = 0; i < length; ++i) from_compute(from[i], to + i);
+        int32_t i = 0;
+        if constexpr (sizeof(IO) == sizeof(T)) {
+          using V = typename Simd<T>::V;
+          for (; i + kLanes <= length; i += kLanes) {
+            const V v = load<V>(from + i);
+            store(to + i, a.relu ? (v < T(0) ? V{} : v) : v);  // NaN stays
+          }
+        }
+        for (; i < length; ++i) from_compute(a.relu && from[i] < 0 ? T(0) : from[i], to + i);
       }
   }
 
@@ -351,7 +356,14 @@ struct ConvColumns : PixelColumns<IO> {
   static int64_t lowered_bytes(const Activations& a, int64_t k_block) {
     const Layout l = layout(a);
     const int64_t channels = min_of(a.geometry.channels, k_block / l.taps + 2);
-    return channels * l.phases * a.geometry.kernel_w * l.plane_max * int64_t(sizeof(T));
+    return (channels * l.phases * a.geometry.kernel_w * l.plane_max + line_elements(a, l)) * int64_t(sizeof(T));
+  }
+  // One padded input row, its columns sorted by their remainder modulo stride_w: with that, a horizontal tap is a shift.
+  static int64_t line_pitch(const Activations& a, const Layout& l) {
+    return l.pitch + (a.geometry.kernel_w - 1) * a.geometry.dilation_w / a.geometry.stride_w + 2 * kLanes;
+  }
+  static int64_t line_elements(const Activations& a, const Layout& l) {
+    return (a.geometry.stride_w * line_pitch(a, l) + 15) / 16 * 16;  // planes stay aligned: a split load costs two
   }
 
   void begin(int64_t group) {
@@ -371,12 +383,13 @@ struct ConvColumns : PixelColumns<IO> {
   Lowered<T> lower(int64_t k0, int64_t k1, void* scratch, int32_t* table) const {
     const ConvGeometry& g = a.geometry;
     const int64_t c0 = k0 / l.taps, c1 = ceil_div(k1, l.taps), planes = l.phases * g.kernel_w;
-    T* out = static_cast<T*>(scratch);
+    T* line = static_cast<T*>(scratch);
+    T* out = line + line_elements(a, l);
+    for (int64_t i = 0; i < line_elements(a, l); ++i) line[i] = 0;
     for (int64_t c = c0; c < c1; ++c)
       for (int64_t r = 0, phase = 0; r < g.kernel_h; ++r) {
         if (!new_phase(g, r)) continue;
-        for (int64_t s = 0; s < g.kernel_w; ++s)
-          lower_plane(c, r * g.dilation_h % g.stride_h, s, out + ((c - c0) * planes + phase * g.kernel_w + s) * plane_size);
+        lower_planes(c, r * g.dilation_h % g.stride_h, line, out + ((c - c0) * planes + phase * g.kernel_w) * plane_size);
         ++phase;
       }
     int64_t k = c0 * l.taps;
@@ -422,31 +435,51 @@ struct ConvColumns : PixelColumns<IO> {
   }
 
  private:
-  void lower_plane(int64_t c, int64_t phase, int64_t s, T* out) const {
+  static SLIM_INLINE void copy_in(const IO* from, int64_t count, T* to) {
+    using V = typename Simd<T>::V;
+    int64_t i = 0;
+    if constexpr (sizeof(IO) == sizeof(T))
+      for (; i + kLanes <= count; i += kLanes) store(to + i, load<V>(from + i));
+    for (; i < count; ++i) to[i] = to_compute(from[i]);
+  }
+
+  // The kernel_w planes of one channel and row phase.
+  void lower_planes(int64_t c, int64_t phase, T* line, T* out) const {
+    using V = typename Simd<T>::V;
     const ConvGeometry& g = a.geometry;
-    // Columns low … high of a lowered row come from the input, the others from its padding.
-    const int64_t shift = w0 * g.stride_w + s * g.dilation_w - g.pad_w;
-    const int64_t low = min_of(width, shift >= 0 ? 0 : ceil_div(-shift, g.stride_w));
-    const int64_t high = max_of(low, min_of(width, shift >= g.width ? 0 : (g.width - 1 - shift) / g.stride_w + 1));
+    const int64_t pitch = line_pitch(a, l);
+    // Input columns that the padded row holds, and where the first of them lies in it; the rest of it stays zero.
+    const int64_t origin = w0 * g.stride_w - g.pad_w;
+    const int64_t first = max_of<int64_t>(0, origin);
+    const int64_t last = min_of(g.width, origin + (width - 1) * g.stride_w + (g.kernel_w - 1) * g.dilation_w + 1);
     const IO* x = static_cast<const IO*>(a.x);
-    for (int64_t i = 0; i < images; ++i) {
+    for (int64_t i = 0, row = 0; i < images; ++i) {
       const IO* plane = x + ((image + i) * g.channels + c) * g.height * g.width;
-      for (int64_t j = 0; j < rows + l.extra_rows; ++j, out += l.pitch) {
+      for (int64_t j = 0; j < rows + l.extra_rows; ++j, ++row) {
         const int64_t h = (h0 + j) * g.stride_h + phase - g.pad_h;
-        if (h < 0 || h >= g.height) {
-          for (int64_t w = 0; w < l.pitch; ++w) out[w] = 0;
-          continue;
+        const bool inside = h >= 0 && h < g.height;
+        if (inside) {
+          const IO* from = plane + h * g.width;
+          if (g.stride_w == 1)
+            copy_in(from + first, last - first, line + first - origin);
+          else
+            for (int64_t p = 0; p < g.stride_w; ++p) {
+              int64_t w = first + ((p - (first - origin)) % g.stride_w + g.stride_w) % g.stride_w;
+              for (T* to = line + p * pitch + (w - origin) / g.stride_w; w < last; w += g.stride_w)
+                *to++ = to_compute(from[w]);
+            }
         }
-        const IO* from = plane + h * g.width + shift;
-        for (int64_t w = 0; w < low; ++w) out[w] = 0;
-        if (g.stride_w == 1)
-          for (int64_t w = low; w < high; ++w) out[w] = to_compute(from[w]);
-        else
-          for (int64_t w = low; w < high; ++w) out[w] = to_compute(from[w * g.stride_w]);
-        for (int64_t w = high; w < l.pitch; ++w) out[w] = 0;
+        // Whole vectors: what runs over the end of a row is overwritten by the next, and the plane ends in slack.
+        for (int64_t s = 0; s < g.kernel_w; ++s) {
+          const int64_t shift = s * g.dilation_w;  // divisions would take longer than the copy
+          const T* from = line + (g.stride_w == 1 ? shift : shift % g.stride_w * pitch + shift / g.stride_w);
+          T* to = out + s * plane_size + row * l.pitch;
+          for (int64_t w = 0; w < l.pitch; w += kLanes) store(to + w, inside ? load<V>(from + w) : V{});
+        }
       }
     }
-    for (int64_t w = images * (rows + l.extra_rows) * l.pitch; w < plane_size; ++w, ++out) *out = 0;
+    for (int64_t s = 0; s < g.kernel_w; ++s)
+      for (int64_t i = images * (rows + l.extra_rows) * l.pitch; i < plane_size; ++i) out[s * plane_size + i] = 0;
   }
 };
 

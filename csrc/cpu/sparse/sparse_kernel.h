@@ -198,7 +198,7 @@ void forward_columns(const Params& p, int64_t task, void* workspace) {
   void* lowered = ws + Workspace<Source>::table_bytes(p);
   T* acc = reinterpret_cast<T*>(static_cast<char*>(lowered) + Workspace<Source>::lowered_bytes(p));
   const T* values = static_cast<const T*>(p.values);
-  const Index* columns = static_cast<const Index*>(p.plan.columns);
+  const Index* columns = static_cast<const Index*>(p.plan.packed_columns);
   const int64_t step = blocks_at_once<T>(p, source.tile_count);
 
   for (int64_t block0 = first; block0 < last; block0 += step) {
@@ -296,11 +296,11 @@ void forward_dot(const Params& p, int64_t range, void*) {
 
 // Sampled dense-dense: grad_values[i] = sum over columns of grad[row i] * x[column i], over all groups in order.
 template <class T, class Index, bool kTable, int kVectors>
-void dot_segments(const Index* columns, const Segment* s, const Segment* end, const Lowered<T>& x, const char* base,
+void dot_segments(const Index* columns, const Segment* s, const Segment* end, const uint32_t* source, const Lowered<T>& x, const char* base,
                   const T* grad, T* grad_values) {
   using V = typename Simd<T>::V;
   constexpr int L = Simd<T>::kLanes;
-  for (; s < end; ++s) {
+  for (; s < end; ++s, ++source) {
     V g[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) g[v] = load<V>(grad + int64_t(s->row) * Simd<T>::kPanel + v * L);
@@ -309,7 +309,7 @@ void dot_segments(const Index* columns, const Segment* s, const Segment* end, co
       V even = g[0] * load<V>(q), odd = V{};
 #pragma GCC unroll 8
       for (int v = 1; v < kVectors; ++v) (v & 1 ? odd : even) += g[v] * load<V>(q + v * L);
-      grad_values[s->start + i] += sum_lanes<T, L>(even + odd);
+      grad_values[*source + i] += sum_lanes<T, L>(even + odd);
     }
   }
 }
@@ -324,7 +324,7 @@ void grad_values_columns(const Params& p, int64_t range, void* workspace) {
   int32_t* table = reinterpret_cast<int32_t*>(ws);
   void* lowered = ws + Workspace<Source>::table_bytes(p);
   T* grad = reinterpret_cast<T*>(static_cast<char*>(lowered) + Workspace<Source>::lowered_bytes(p));
-  const Index* columns = static_cast<const Index*>(p.plan.columns);
+  const Index* columns = static_cast<const Index*>(p.plan.packed_columns);
   T* out = static_cast<T*>(p.grad_values);
   const int64_t groups = Source::group_count(p.a);
   Source source(p.a);
@@ -353,7 +353,7 @@ void grad_values_columns(const Params& p, int64_t range, void* workspace) {
 #define SLIM_CASE(n) \
   case n: \
     if constexpr (n <= Simd<T>::kVectors) \
-      dot_segments<T, Index, Source::kTable, n>(columns, s, end, shifted, at, g, out); \
+      dot_segments<T, Index, Source::kTable, n>(columns, s, end, p.plan.sources + cell[0], shifted, at, g, out); \
     break;
               SLIM_CASE(1)
               SLIM_CASE(2)
@@ -376,6 +376,12 @@ void grad_values_columns(const Params& p, int64_t range, void* workspace) {
 template <class T>
 SLIM_INLINE bool few_columns(const Params& p) {
   return p.a.m <= 2 * Simd<T>::kLanes && Simd<T>::kVectors > 2;
+}
+
+bool by_row(const Params& p) {
+  if (p.dot) return true;
+  if (p.a.conv) return false;
+  return with_dtype(p.a.dtype, [&](auto io) { return few_columns<typename ComputeOf<decltype(io)>::type>(p); });
 }
 
 int64_t group_count(const Params& p) {
@@ -421,7 +427,7 @@ void grad_values(const Params& p, int64_t range, void* workspace) {
   });
 }
 
-const sparse::Kernels kernels = {group_count, workspace_bytes, forward, grad_values};
+const sparse::Kernels kernels = {by_row, group_count, workspace_bytes, forward, grad_values};
 
 }  // namespace sp
 }  // namespace

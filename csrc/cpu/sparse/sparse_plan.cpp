@@ -28,9 +28,9 @@ const char* check(const Csr& c) {
 }
 
 template <class Index>
-void fill_cells(const Index* columns, const PlanHeader& h, const int32_t* row_offsets, uint32_t* cells,
-                Segment* segments) {
-  uint32_t written = 0;
+void fill_cells(const uint32_t* columns, const PlanHeader& h, const int32_t* row_offsets, uint32_t* cells,
+                Segment* segments, uint32_t* sources, Index* packed) {
+  uint32_t written = 0, position = 0;
   std::vector<int64_t> cursor(kRowBlock);
   std::vector<Segment> found;
   std::vector<uint32_t> place;
@@ -56,7 +56,13 @@ void fill_cells(const Index* columns, const PlanHeader& h, const int32_t* row_of
       for (const Segment& s : found) ++place[longest - s.count + 1];
       for (int64_t i = 0; i < longest; ++i) place[i + 1] += place[i];
       for (const Segment& s : found) segments[written + place[longest - s.count]++] = s;
-      written += uint32_t(found.size());
+      for (; written < cells[block * h.k_blocks + kb] + found.size(); ++written) {
+        Segment& s = segments[written];
+        sources[written] = s.start;
+        for (int i = 0; i < s.count; ++i) packed[position + i] = Index(columns[s.start + i]);
+        s.start = position;
+        position += s.count;
+      }
     }
   }
   cells[h.row_blocks * h.k_blocks] = written;
@@ -86,12 +92,11 @@ int64_t choose_k_block(const Csr& c, int64_t taps, bool transposed) {
   int64_t target;
   if (taps > 1 && !transposed) {
     // A lowered channel is about kw / taps of what its taps would take as single rows.
-    target = 288;
+    target = 224;
   } else {
-    // 64 columns of float32 take 256 bytes per k: 112 rows fit beside accumulators and weights in 32 KiB. Longer segments
-    // have fewer mispredicted ends and accumulator round trips, so the sparser, the larger.
-    const double density = double(c.nnz) / std::max<double>(1.0, double(c.rows) * double(c.width));
-    target = density > 0.15 ? 128 : density > 0.07 ? 192 : 256;
+    // 64 columns of float32 take 256 bytes per k: 128 rows are as much as the first level holds. Measured flat from 96
+    // to 192 at densities of 5 to 30 %, worse below (more segments) and above (activations from the second level).
+    target = 128;
   }
   // Equal blocks, and whole channels.
   const int64_t unit = transposed ? 1 : taps;
@@ -106,8 +111,8 @@ int64_t plan_capacity(const Csr& c, int64_t k_block, bool transposed) {
   const int64_t width = transposed ? c.rows : c.width * c.groups;
   const int64_t k_blocks = (width + k_block - 1) / k_block, row_blocks = (rows + kRowBlock - 1) / kRowBlock;
   const int64_t segments = std::min(c.nnz, rows * k_blocks);
-  return align64(sizeof(PlanHeader)) + align64(c.nnz * 4) + align64((rows + 1) * 4) +
-         align64((row_blocks * k_blocks + 1) * 4) + align64(segments * int64_t(sizeof(Segment))) +
+  return align64(sizeof(PlanHeader)) + 2 * align64(c.nnz * 4) + align64((rows + 1) * 4) +
+         align64((row_blocks * k_blocks + 1) * 4) + align64(segments * int64_t(sizeof(Segment))) + align64(segments * 4) +
          (transposed ? align64(c.nnz * 4) : 0);
 }
 
@@ -127,7 +132,8 @@ const char* build_plan(const Csr& c, int64_t k_block, bool transposed, void* blo
 
   char* base = static_cast<char*>(blob);
   h.columns_at = align64(sizeof(PlanHeader));
-  h.row_offsets_at = h.columns_at + align64(h.nnz * (h.wide ? 4 : 2));
+  h.packed_columns_at = h.columns_at + align64(h.nnz * (h.wide ? 4 : 2));
+  h.row_offsets_at = h.packed_columns_at + align64(h.nnz * (h.wide ? 4 : 2));
   h.order_at = h.row_offsets_at + align64((h.rows + 1) * 4);
   h.cells_at = h.order_at + (transposed ? align64(h.nnz * 4) : 0);
   h.segments_at = h.cells_at + align64((h.row_blocks * h.k_blocks + 1) * 4);
@@ -145,13 +151,23 @@ const char* build_plan(const Csr& c, int64_t k_block, bool transposed, void* blo
   }
   auto* cells = reinterpret_cast<uint32_t*>(base + h.cells_at);
   auto* segments = reinterpret_cast<Segment*>(base + h.segments_at);
-  if (h.wide) {
-    std::copy(absolute.begin(), absolute.end(), reinterpret_cast<uint32_t*>(base + h.columns_at));
-  } else {
-    std::copy(absolute.begin(), absolute.end(), reinterpret_cast<uint16_t*>(base + h.columns_at));
-  }
-  fill_cells(absolute.data(), h, row_offsets, cells, segments);
-  h.bytes = h.segments_at + int64_t(cells[h.row_blocks * h.k_blocks]) * int64_t(sizeof(Segment));
+  const int64_t most = std::min(h.nnz, h.rows * h.k_blocks);
+  h.sources_at = h.segments_at + align64(most * int64_t(sizeof(Segment)));
+  auto* sources = reinterpret_cast<uint32_t*>(base + h.sources_at);
+  const auto fill = [&](auto* columns, auto* packed) {
+    std::copy(absolute.begin(), absolute.end(), columns);
+    fill_cells(absolute.data(), h, row_offsets, cells, segments, sources, packed);
+  };
+  if (h.wide)
+    fill(reinterpret_cast<uint32_t*>(base + h.columns_at), reinterpret_cast<uint32_t*>(base + h.packed_columns_at));
+  else
+    fill(reinterpret_cast<uint16_t*>(base + h.columns_at), reinterpret_cast<uint16_t*>(base + h.packed_columns_at));
+  // Close the gap that fewer segments than possible have left.
+  const int64_t count = cells[h.row_blocks * h.k_blocks];
+  const int64_t sources_at = h.segments_at + align64(count * int64_t(sizeof(Segment)));
+  std::memmove(base + sources_at, sources, size_t(count) * 4);
+  h.sources_at = sources_at;
+  h.bytes = sources_at + count * 4;
   std::memcpy(blob, &h, sizeof(h));
   *bytes = h.bytes;
   return nullptr;
@@ -165,11 +181,22 @@ bool view_plan(const void* blob, int64_t bytes, int64_t rows, int64_t width, int
     return false;
   plan->header = h;
   plan->columns = base + h->columns_at;
+  plan->packed_columns = base + h->packed_columns_at;
   plan->row_offsets = reinterpret_cast<const int32_t*>(base + h->row_offsets_at);
   plan->cells = reinterpret_cast<const uint32_t*>(base + h->cells_at);
   plan->segments = reinterpret_cast<const Segment*>(base + h->segments_at);
+  plan->sources = reinterpret_cast<const uint32_t*>(base + h->sources_at);
   plan->order = transposed ? reinterpret_cast<const uint32_t*>(base + h->order_at) : nullptr;
   return true;
+}
+
+void pack_values(const Plan& plan, const void* values, int64_t element, void* packed) {
+  const PlanHeader& h = *plan.header;
+  const char* from = static_cast<const char*>(values);
+  char* to = static_cast<char*>(packed);
+  for (int64_t i = 0, count = plan.cells[h.row_blocks * h.k_blocks]; i < count; ++i)
+    std::memcpy(to + int64_t(plan.segments[i].start) * element, from + int64_t(plan.sources[i]) * element,
+                size_t(plan.segments[i].count * element));
 }
 
 }  // namespace slim::sparse

@@ -33,20 +33,23 @@ from slimtorch.report import Table
 
 SCHEMA = "slimtorch.compare/1"
 PACKED = "packed"
-_PACK_SECONDS = 0.6  # for each network and batch size; there are many
 EQUAL_ACCURACY = 0.01  # "as accurate as dense": validation accuracy at most this far below
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to compare. ``sparsities`` are shares of weights removed, in (0, 1); ``samples`` rounds of timing."""
+    """What to compare. ``sparsities`` are shares of weights removed, in (0, 1); ``samples`` rounds of timing.
+
+    ``pack_seconds`` is the time that ``pack_`` may take for each network and batch size.
+    """
 
     networks: tuple[str, ...] = ("lenet300", "lenet5")
     sparsities: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95, 0.98)
     seeds: int = 3
     batches: tuple[int, ...] = (1, 64)
-    samples: int = 15
+    samples: int = 11
     threads: int = 1
+    pack_seconds: float = 0.4
     recipe: Recipe = field(default_factory=Recipe)
 
     def __post_init__(self) -> None:
@@ -62,8 +65,8 @@ class Settings:
 
 
 def quick() -> Settings:
-    """The shape of the result in well under a minute: one seed, three sparsities, half the epochs."""
-    return Settings(sparsities=(0.8, 0.9, 0.95), seeds=1, samples=7, recipe=Recipe(epochs=0.5))
+    """The shape of the result in well under a minute: one seed, two sparsities, half the epochs."""
+    return Settings(sparsities=(0.8, 0.95), seeds=1, samples=5, pack_seconds=0.1, recipe=Recipe(epochs=0.5))
 
 
 @dataclass(frozen=True)
@@ -371,6 +374,7 @@ def _variants(
         "units": [digest(Unit(network, method, sparsity, 0).config(recipe)) for method, sparsity in pairs],
         "batches": list(settings.batches),
         "samples": settings.samples,
+        "pack_seconds": settings.pack_seconds,
     }
     stored = store.load(f"{network}-times", timing)
     if stored is None:
@@ -438,7 +442,7 @@ def _time(
                 if method is Method.DENSE or method is Method.SCRATCH:
                     packed = model
                 else:
-                    packed, chosen = _pack(network, model, x)
+                    packed, chosen = _pack(network, model, x, settings.pack_seconds)
                     _check_same(model, packed, data.test.images[:64])
                     calls[f"{index}/{PACKED}"] = functools.partial(packed, x)
                 found[index]["formats"][str(batch)] = chosen
@@ -472,14 +476,14 @@ def _distribute(
         found[index]["latency"][batch] = own
 
 
-def _pack(network: str, model: nn.Module, x: torch.Tensor) -> tuple[nn.Module, dict[str, str]]:
+def _pack(network: str, model: nn.Module, x: torch.Tensor, seconds: float) -> tuple[nn.Module, dict[str, str]]:
     """A packed copy of ``model`` and the format of each of its layers."""
     from slimtorch.packing import BLOCK_SIZES, pack_
 
     sizes = list(dict.fromkeys([*BLOCK_SIZES, *NETWORKS[network].blocks.values()]))
     with torch.inference_mode(False):  # the layers are to be ordinary ones, not made of inference tensors
         packed = copy.deepcopy(model).eval()
-        report = pack_(packed, x.clone(), block_sizes=sizes, time_budget=_PACK_SECONDS)
+        report = pack_(packed, x.clone(), block_sizes=sizes, time_budget=seconds)
     return packed, {layer.name: layer.chosen for layer in report.layers}
 
 

@@ -116,7 +116,7 @@ class LayerComparison:
     # --- what it says -------------------------------------------------------------------------------------------------
 
     def tables(self) -> list[Table]:
-        wide = len(self.layer_names()) <= 6
+        wide = self.network == "alexnet"
         return [self._wide(kind) if wide else self._tall(kind) for kind in self.kinds()]
 
     def _wide(self, kind: str) -> Table:

@@ -100,14 +100,14 @@ def speedup_against_sparsity(comparison: Comparison, network: str) -> Figure:
         eager = best_dense(latency) / latency[TORCH].median
         axis.axhline(1, color="black", linewidth=1, label="best dense")
         axis.axhline(eager, color="black", linewidth=1, linestyle=":", label="dense, torch")
+        ticks = [1 / (1 - sparsity) for sparsity in comparison.settings.sparsities]
+        axis.set_xlim(min(ticks) * 0.9, max(ticks) * 1.1)
         axis.set_xscale("log")
         axis.set_yscale("log")
         bottom, top = min([eager, *values]) * 0.8, max(values) * 1.25
         axis.set_ylim(bottom, top)
         axis.axhspan(bottom, 1, color="#D55E00", alpha=0.08)
         axis.text(0.02, 0.02, "slower than the best dense code", transform=axis.transAxes, fontsize=8, color="#D55E00")
-        ticks = [1 / (1 - sparsity) for sparsity in comparison.settings.sparsities]
-        axis.set_xlim(min(ticks) * 0.9, max(ticks) * 1.1)
         axis.xaxis.set_major_locator(FixedLocator(ticks))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * (1 - 1 / value):.4g}"))
         axis.xaxis.set_minor_locator(NullLocator())

@@ -149,3 +149,7 @@ class BlockSparse:
                     self.block_columns, self.block_row_offsets, self.block_size, rows, width, groups, taps, transposed
                 )
         return self._plans[key]
+
+    def __getstate__(self) -> dict[str, object]:
+        """Plans are never copied or saved."""
+        return {**self.__dict__, "_plans": {}}

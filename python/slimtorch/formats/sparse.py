@@ -123,3 +123,31 @@ class Sparse:
                     self.columns, self.row_offsets, width, groups, taps, transposed
                 )
         return self._plans[key]
+
+    def packed_values(self, groups: int = 1) -> Tensor | None:
+        """A copy of the values in the order in which the kernels of many columns read them, or None.
+
+        It hangs on the plan, with which it lives and dies, and is made anew when the values have changed. None where
+        torch cannot tell that: while a graph is being traced, and for values made in inference mode. The kernel then
+        orders them at every call.
+        """
+        plan = self.plan(groups)
+        values = self.values
+        if plan is None or torch.compiler.is_compiling() or values.is_inference():
+            return None
+        held: tuple[Tensor, int, Tensor] | None = getattr(plan, "slimtorch_packed", None)
+        # The version tells of changes in place; storage and dtype of `.data = …`, as in Module.to(). What is held is an
+        # alias of the values, so that no new storage can get the address of the old one.
+        if held is not None:
+            alias, version, packed = held
+            same = alias.data_ptr() == values.data_ptr() and alias.dtype == values.dtype
+            if same and alias.shape == values.shape and version == values._version:
+                return packed
+        with torch.inference_mode(False), torch.no_grad():
+            packed = torch.ops.slimtorch.sparse_pack_values(values.detach(), plan)
+        plan.slimtorch_packed = (values.detach(), values._version, packed)  # type: ignore[attr-defined]
+        return packed
+
+    def __getstate__(self) -> dict[str, object]:
+        """Plans are never copied or saved."""
+        return {**self.__dict__, "_plans": {}}

@@ -110,13 +110,15 @@ class PackedLayer(nn.Module):
 
     def _positions(self) -> tuple[Tensor, Tensor]:
         first, second = self.POSITIONS
-        return getattr(self, first), getattr(self, second)
+        buffers = self._buffers  # not by attribute: nn.Module's look-up costs as much as a small layer
+        return cast(Tensor, buffers[first]), cast(Tensor, buffers[second])
 
     def _plans_for(self, positions: tuple[Tensor, Tensor]) -> Plans:
         """The cached plans, or none where someone (torch.func.functional_call) has put other positions in place."""
-        if self._planned is None or torch.compiler.is_compiling():
+        planned = self._planned
+        if planned is None or torch.compiler.is_compiling():
             return self._plans
-        for now, then in zip(positions, self._planned, strict=True):
+        for now, then in zip(positions, planned):  # noqa: B905  pairs, on the path of every call
             if now is not then and (now.shape != then.shape or now.data_ptr() != then.data_ptr()):
                 return {}
         return self._plans

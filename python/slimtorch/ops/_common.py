@@ -112,6 +112,11 @@ def check_conv2d(
             )
 
 
+def fold_dtype(dtype: torch.dtype, kernel: Pair) -> torch.dtype:
+    """What ``fold_columns`` is given: it sums the taps of a pixel in that dtype, so float32 or wider if there are any."""
+    return torch.float32 if dtype == torch.bfloat16 and kernel != (1, 1) else dtype
+
+
 def fold_columns(columns: Tensor, size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
     """Sum ``[N, C * kh * kw, Ho, Wo]`` back into ``[N, C, H, W]``: the transpose of lowering."""
     if kernel == (1, 1) and stride == (1, 1) and padding == (0, 0):
@@ -121,7 +126,8 @@ def fold_columns(columns: Tensor, size: Pair, kernel: Pair, stride: Pair, paddin
 
 def masked_by_relu(grad: Tensor, output: Tensor | None) -> Tensor:
     """Gradient before a fused ReLU, whose output says where it was open. Expanded gradients become contiguous here."""
-    return grad.contiguous() if output is None else torch.where(output > 0, grad, 0).to(grad.dtype)
+    # NaN counts as open, as in torch's own ReLU.
+    return grad.contiguous() if output is None else torch.where(output <= 0, 0, grad).to(grad.dtype)
 
 
 def sum_to_bias(grad: Tensor, dims: list[int]) -> Tensor:

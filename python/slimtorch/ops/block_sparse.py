@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from slimtorch import reference
 from slimtorch.formats import BlockSparse
@@ -174,6 +175,7 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.width, ctx.block_size = x.shape[-1], tuple(values.shape[1:])
 
 
+@once_differentiable  # the gradient operators have no gradients of their own
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     t = common.saved(ctx)
     grad = common.masked_by_relu(grad, t["output"])
@@ -206,6 +208,7 @@ def _conv2d_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.geometry = tuple(tuple(g) for g in geometry)  # kernel, stride, padding, dilation
 
 
+@once_differentiable  # the gradient operators have no gradients of their own
 def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     t = common.saved(ctx)
     grad = common.masked_by_relu(grad, t["output"])
@@ -214,10 +217,11 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         kernel = ctx.geometry[0]
         width = ctx.channels // ctx.groups * kernel[0] * kernel[1]
+        dtype = common.fold_dtype(grad.dtype, kernel)
         lowered = _ops.block_sparse_conv2d_grad_columns(
-            grad, t["values"], columns, row_offsets, t["backward_plan"], width, ctx.groups
+            grad.to(dtype), t["values"].to(dtype), columns, row_offsets, t["backward_plan"], width, ctx.groups
         )
-        grad_x = common.fold_columns(lowered, ctx.size, *ctx.geometry)
+        grad_x = common.fold_columns(lowered, ctx.size, *ctx.geometry).to(grad.dtype)
     if ctx.needs_input_grad[1]:
         grad_values = _ops.block_sparse_conv2d_grad_values(
             grad, t["x"], columns, row_offsets, t["plan"], ctx.block_size, *ctx.geometry, ctx.groups

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from slimtorch import reference
 from slimtorch.formats import Sparse
@@ -38,7 +39,9 @@ def sparse_linear(x: Tensor, weight: Sparse, bias: Tensor | None = None, *, acti
     if not common.has_kernel("sparse_linear", x):
         return reference.linear(x, _with_values(weight, values), bias, relu=relu)
     backward_plan = weight.plan(transposed=True) if _needs_grad(x) else None
-    return _ops.sparse_linear(x, values, weight.columns, weight.row_offsets, weight.plan(), backward_plan, bias, relu)
+    return _ops.sparse_linear(
+        x, values, weight.columns, weight.row_offsets, weight.plan(), backward_plan, _packed(weight, values), bias, relu
+    )
 
 
 def sparse_conv2d(
@@ -79,14 +82,19 @@ def sparse_conv2d(
     backward_plan = weight.plan(groups, transposed=True) if _needs_grad(x) else None
     batched = x if x.dim() == 4 else x.unsqueeze(0)
     y = _ops.sparse_conv2d(
-        batched, values, weight.columns, weight.row_offsets, weight.plan(groups), backward_plan, bias,
-        weight.shape[2:], stride, padding, dilation, groups, relu,
+        batched, values, weight.columns, weight.row_offsets, weight.plan(groups), backward_plan,
+        _packed(weight, values, groups), bias, weight.shape[2:], stride, padding, dilation, groups, relu,
     )  # fmt: skip
     return y if x.dim() == 4 else y.squeeze(0)
 
 
 def _needs_grad(x: Tensor) -> bool:
     return x.requires_grad and torch.is_grad_enabled()
+
+
+def _packed(weight: Sparse, values: Tensor, groups: int = 1) -> Tensor | None:
+    """The cached copy in the kernel's order, unless autocast has put other values in the place of the weight's."""
+    return weight.packed_values(groups) if values is weight.values else None
 
 
 def _with_values(weight: Sparse, values: Tensor) -> Sparse:
@@ -101,10 +109,15 @@ def _(columns: Tensor, row_offsets: Tensor, width: int, groups: int, taps: int, 
     return columns.new_empty([torch.library.get_ctx().new_dynamic_size()], dtype=torch.uint8)
 
 
+@torch.library.register_fake("slimtorch::sparse_pack_values")
+def _(values: Tensor, plan: Tensor) -> Tensor:
+    return values.new_empty(values.shape, dtype=torch.float64 if values.dtype == torch.float64 else torch.float32)
+
+
 @torch.library.register_fake("slimtorch::sparse_linear")
 def _(
     x: Tensor, values: Tensor, columns: Tensor, row_offsets: Tensor, plan: Tensor | None,
-    backward_plan: Tensor | None, bias: Tensor | None, relu: bool,
+    backward_plan: Tensor | None, packed_values: Tensor | None, bias: Tensor | None, relu: bool,
 ) -> Tensor:  # fmt: skip
     return x.new_empty([*x.shape[:-1], row_offsets.shape[0] - 1])
 
@@ -124,7 +137,7 @@ def _(grad: Tensor, x: Tensor, columns: Tensor, row_offsets: Tensor, plan: Tenso
 @torch.library.register_fake("slimtorch::sparse_conv2d")
 def _(
     x: Tensor, values: Tensor, columns: Tensor, row_offsets: Tensor, plan: Tensor | None,
-    backward_plan: Tensor | None, bias: Tensor | None, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair,
+    backward_plan: Tensor | None, packed_values: Tensor | None, bias: Tensor | None, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair,
     groups: int, relu: bool,
 ) -> Tensor:  # fmt: skip
     size = common.conv_output_size((x.shape[2], x.shape[3]), kernel, stride, padding, dilation)
@@ -151,7 +164,7 @@ def _(
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, columns, row_offsets, plan, backward_plan, _, relu = inputs
+    x, values, columns, row_offsets, plan, backward_plan, _, _, relu = inputs
     common.save(
         ctx, x=x if ctx.needs_input_grad[1] else None, values=values, columns=columns, row_offsets=row_offsets,
         plan=plan, backward_plan=backward_plan, output=output if relu else None,
@@ -159,6 +172,7 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.width = x.shape[-1]
 
 
+@once_differentiable  # the gradient operators have no gradients of their own
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     t = common.saved(ctx)
     grad = common.masked_by_relu(grad, t["output"])
@@ -168,16 +182,16 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = _ops.sparse_linear_grad_input(grad, t["values"], columns, row_offsets, t["backward_plan"], ctx.width)
     if ctx.needs_input_grad[1]:
         grad_values = _ops.sparse_linear_grad_values(grad, t["x"], columns, row_offsets, t["plan"])
-    if ctx.needs_input_grad[6]:
+    if ctx.needs_input_grad[7]:
         grad_bias = common.sum_to_bias(grad, list(range(grad.dim() - 1)))
-    return grad_x, grad_values, None, None, None, None, grad_bias, None
+    return grad_x, grad_values, None, None, None, None, None, grad_bias, None
 
 
 torch.library.register_autograd("slimtorch::sparse_linear", _linear_backward, setup_context=_linear_setup)
 
 
 def _conv2d_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, columns, row_offsets, plan, backward_plan, _, *geometry, groups, relu = inputs
+    x, values, columns, row_offsets, plan, backward_plan, _, _, *geometry, groups, relu = inputs
     common.save(
         ctx, x=x if ctx.needs_input_grad[1] else None, values=values, columns=columns, row_offsets=row_offsets,
         plan=plan, backward_plan=backward_plan, output=output if relu else None,
@@ -186,6 +200,7 @@ def _conv2d_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.geometry = tuple(tuple(g) for g in geometry)  # kernel, stride, padding, dilation
 
 
+@once_differentiable  # the gradient operators have no gradients of their own
 def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     t = common.saved(ctx)
     grad = common.masked_by_relu(grad, t["output"])
@@ -194,17 +209,18 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         kernel = ctx.geometry[0]
         width = ctx.channels // ctx.groups * kernel[0] * kernel[1]
+        dtype = common.fold_dtype(grad.dtype, kernel)
         lowered = _ops.sparse_conv2d_grad_columns(
-            grad, t["values"], columns, row_offsets, t["backward_plan"], width, ctx.groups
+            grad.to(dtype), t["values"].to(dtype), columns, row_offsets, t["backward_plan"], width, ctx.groups
         )
-        grad_x = common.fold_columns(lowered, ctx.size, *ctx.geometry)
+        grad_x = common.fold_columns(lowered, ctx.size, *ctx.geometry).to(grad.dtype)
     if ctx.needs_input_grad[1]:
         grad_values = _ops.sparse_conv2d_grad_values(
             grad, t["x"], columns, row_offsets, t["plan"], *ctx.geometry, ctx.groups
         )
-    if ctx.needs_input_grad[6]:
+    if ctx.needs_input_grad[7]:
         grad_bias = common.sum_to_bias(grad, [0, 2, 3])
-    return (grad_x, grad_values, None, None, None, None, grad_bias, *[None] * 6)
+    return (grad_x, grad_values, None, None, None, None, None, grad_bias, *[None] * 6)
 
 
 torch.library.register_autograd("slimtorch::sparse_conv2d", _conv2d_backward, setup_context=_conv2d_setup)
