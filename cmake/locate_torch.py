@@ -3,8 +3,8 @@
 
 An isolated build (plain ``pip install .``) has a Python environment of its own without torch, and torch is deliberately
 not among the build requirements: that would download gigabytes and might not be the torch the user runs. So this looks,
-in order, at what this Python would import, its site-packages (which pip's isolation hides, but does not move), and those
-of the interpreter and of the user that the environment was made from. A folder named by the argument or by
+in order, at what this Python would import, at its site-packages (which pip's isolation hides, but does not move), and
+at those of the interpreter and the user that the environment was made from. A folder named by the argument or by
 SLIMTORCH_TORCH_DIR is the only place looked at.
 """
 

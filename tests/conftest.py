@@ -18,7 +18,9 @@ settings.load_profile("slimtorch")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: needs a CUDA device; skipped where there is none")
-    config.addinivalue_line("markers", "slow_sanitized: adds nothing under the sanitizers but time (scripts/sanitize.sh)")
+    config.addinivalue_line(
+        "markers", "slow_sanitized: adds nothing under the sanitizers but time (scripts/sanitize.sh)"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -29,7 +29,8 @@ const Kernels& kernels() {
 Bsr bsr_of(const Tensor& columns, const Tensor& row_offsets, int64_t rows, int64_t width, int64_t r, int64_t c,
            int64_t groups) {
   STD_TORCH_CHECK(r > 0 && c > 0 && r <= 65535 && c <= 65535, "block_size: expected extents from 1 to 65535");
-  STD_TORCH_CHECK(rows >= 0 && width >= 0 && groups > 0 && rows % groups == 0 && width <= INT32_MAX / groups,
+  STD_TORCH_CHECK(rows >= 0 && rows <= INT32_MAX && width >= 0 && groups > 0 && rows % groups == 0 &&
+                      width <= INT32_MAX / groups,
                   "groups: expected a divisor of the rows");
   Bsr bsr{int32_data(columns, "block_columns"), int32_data(row_offsets, "block_row_offsets"), rows, width, r, c,
           columns.numel(), groups};
@@ -80,7 +81,7 @@ void run_forward(Params& p, const Tensor& values) {
   p.values = compute_values(values, p.a.dtype, nullptr);
   const int64_t groups = k.group_count(p);
   p.ranges = row_ranges(groups, std::max<int64_t>(1, p.plan.header->strips), work(p));
-  run_tasks(groups * p.ranges, k.workspace_bytes(p), work(p),
+  run_tasks(groups * p.ranges, checked_workspace(p.a, k.workspace_bytes(p)), work(p),
             [&](int64_t task, void* workspace) { k.forward(p, task, workspace); });
   value_scratch().trim();
 }
@@ -91,7 +92,7 @@ Tensor run_grad_values(Params& p, const Tensor& x, const Bsr& bsr) {
   p.grad_values = gradient_sums(out, p.a.dtype);
   p.ranges = row_ranges(1, std::max<int64_t>(1, p.plan.header->strips), work(p));
   if (columns_of(p.a) > 0)
-    run_tasks(p.ranges, k.workspace_bytes(p), work(p),
+    run_tasks(p.ranges, checked_workspace(p.a, k.workspace_bytes(p)), work(p),
               [&](int64_t range, void* workspace) { k.grad_values(p, range, workspace); });
   finish_gradient(p.grad_values, out, p.a.dtype);
   value_scratch().trim();
@@ -117,8 +118,8 @@ Tensor linear(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, std::
   check_values(values, x, columns);
   const Bsr bsr = bsr_of(columns, row_offsets, rows, x.size(-1), values.size(1), values.size(2), 1);
   const PlanHolder holder(plan, bsr, 1, false);
-  x = torch::stable::contiguous(x);
-  values = torch::stable::contiguous(values);
+  x = as_contiguous(x);
+  values = as_contiguous(values);
   bias = checked_bias(bias, x, rows);
   std::vector<int64_t> sizes = sizes_of(x);
   sizes.back() = rows;
@@ -137,8 +138,8 @@ Tensor linear_grad_input(Tensor grad, Tensor values, Tensor columns, Tensor row_
   const int64_t rows = grad.size(-1);
   const Bsr bsr = bsr_of(columns, row_offsets, rows, width, values.size(1), values.size(2), 1);
   const PlanHolder holder(backward_plan, bsr, 1, true);
-  grad = torch::stable::contiguous(grad);
-  values = torch::stable::contiguous(values);
+  grad = as_contiguous(grad);
+  values = as_contiguous(values);
   std::vector<int64_t> sizes = sizes_of(grad);
   sizes.back() = width;
   Tensor out = like(grad, sizes);
@@ -157,8 +158,8 @@ Tensor linear_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor row_offs
   STD_TORCH_CHECK(grad.dim() >= 1, "grad: expected shape [..., out_features]");
   const Bsr bsr = bsr_of(columns, row_offsets, grad.size(-1), x.size(-1), block_size[0], block_size[1], 1);
   const PlanHolder holder(plan, bsr, 1, false);
-  grad = torch::stable::contiguous(grad);
-  x = torch::stable::contiguous(x);
+  grad = as_contiguous(grad);
+  x = as_contiguous(x);
   Params p{};
   p.plan = *holder;
   p.a = linear_activations(x, x.const_data_ptr(), const_cast<void*>(grad.const_data_ptr()), bsr.width, bsr.rows,
@@ -181,8 +182,8 @@ Tensor conv2d(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, std::
   const Bsr bsr =
       bsr_of(columns, row_offsets, rows, g.channels / groups * taps, values.size(1), values.size(2), groups);
   const PlanHolder holder(plan, bsr, taps, false);
-  x = torch::stable::contiguous(x);
-  values = torch::stable::contiguous(values);
+  x = as_contiguous(x);
+  values = as_contiguous(values);
   bias = checked_bias(bias, x, rows);
   Tensor y = like(x, {g.batch, rows, g.out_h, g.out_w});
   p.plan = *holder;
@@ -203,8 +204,8 @@ Tensor conv2d_grad_columns(Tensor grad, Tensor values, Tensor columns, Tensor ro
   check_values(values, grad, columns);
   const Bsr bsr = bsr_of(columns, row_offsets, g.channels, width, values.size(1), values.size(2), groups);
   const PlanHolder holder(backward_plan, bsr, 1, true);
-  grad = torch::stable::contiguous(grad);
-  values = torch::stable::contiguous(values);
+  grad = as_contiguous(grad);
+  values = as_contiguous(values);
   Tensor out = like(grad, {g.batch, width * groups, g.height, g.width});
   p.plan = *holder;
   p.a.x = grad.const_data_ptr();
@@ -230,8 +231,8 @@ Tensor conv2d_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor row_offs
   STD_TORCH_CHECK(grad.size(0) == g.batch && grad.size(2) == g.out_h && grad.size(3) == g.out_w,
                   "grad: expected the shape of the convolution's output");
   const PlanHolder holder(plan, bsr, taps, false);
-  grad = torch::stable::contiguous(grad);
-  x = torch::stable::contiguous(x);
+  grad = as_contiguous(grad);
+  x = as_contiguous(x);
   p.plan = *holder;
   p.a.x = x.const_data_ptr();
   p.a.y = const_cast<void*>(grad.const_data_ptr());

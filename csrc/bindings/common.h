@@ -46,6 +46,9 @@ inline const int32_t* int32_data(const Tensor& t, const char* name) {
   return static_cast<const int32_t*>(t.const_data_ptr());
 }
 
+// The operator of this name dispatches even where there is nothing to do.
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 inline Tensor like(const Tensor& t, const std::vector<int64_t>& sizes) { return torch::stable::new_empty(t, sizes); }
 
 inline std::vector<int64_t> sizes_of(const Tensor& t) {
@@ -174,6 +177,13 @@ inline ConvGeometry conv_geometry(const Tensor& x, const std::vector<int64_t>& k
   for (int i = 0; i < 2; ++i)
     STD_TORCH_CHECK(kernel[i] > 0 && stride[i] > 0 && padding[i] >= 0 && dilation[i] > 0,
                     "kernel, stride and dilation: expected positive ints, padding: none below 0");
+  // Far beyond any layer, so that no product of them below overflows.
+  constexpr int64_t kLimit = 1 << 20;
+  for (int i = 0; i < 2; ++i)
+    STD_TORCH_CHECK(kernel[i] <= kLimit && stride[i] <= kLimit && padding[i] <= kLimit && dilation[i] <= kLimit,
+                    "kernel, stride, padding, dilation: expected at most 2**20");
+  STD_TORCH_CHECK(kernel[0] * kernel[1] <= INT32_MAX / std::max<int64_t>(1, x.size(1)),
+                  "kernel: expected fewer than 2**31 taps over all channels");
   ConvGeometry g{x.size(0), x.size(1), x.size(2), x.size(3), kernel[0], kernel[1], stride[0], stride[1],
                  padding[0], padding[1], dilation[0], dilation[1], 0, 0};
   const int64_t span_h = g.height + 2 * g.pad_h - g.dilation_h * (g.kernel_h - 1) - 1;
@@ -186,6 +196,12 @@ inline ConvGeometry conv_geometry(const Tensor& x, const std::vector<int64_t>& k
 
 // A 1x1 convolution over `x` with as many output pixels as it has itself.
 inline ConvGeometry pointwise_geometry(const Tensor& x) { return conv_geometry(x, {1, 1}, {1, 1}, {0, 0}, {1, 1}); }
+
+// Kernels address the lowered input of a convolution with 32 bits; only absurd dilations ask for more.
+inline int64_t checked_workspace(const Activations& a, int64_t bytes) {
+  STD_TORCH_CHECK(!a.conv || bytes <= INT32_MAX, "dilation: a tile of the input would take more than 2 GiB");
+  return bytes;
+}
 
 inline int64_t columns_of(const Activations& a) {
   return a.conv ? a.geometry.batch * a.geometry.out_h * a.geometry.out_w : a.m;
@@ -221,7 +237,7 @@ inline std::optional<Tensor> checked_bias(const std::optional<Tensor>& bias, con
   if (!bias) return std::nullopt;
   check_same(*bias, x, "bias");
   STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == n, "bias: expected one entry per output");
-  return torch::stable::contiguous(*bias);
+  return as_contiguous(*bias);
 }
 
 }  // namespace slim

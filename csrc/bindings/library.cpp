@@ -6,24 +6,28 @@
 #define PLANS "Tensor? plan, Tensor? backward_plan"
 #define GEOMETRY "int[] kernel, int[] stride, int[] padding, int[] dilation, int groups"
 
+// A forward operator and the same without a derivative, named _inference: autograd's wrapper costs as much as a small layer.
+#define SLIM_DEF(name, arguments) (m.def(name arguments), m.def(name "_inference" arguments))
+#define SLIM_IMPL(name, function) (m.impl(name, TORCH_BOX(&function)), m.impl(name "_inference", TORCH_BOX(&function)))
+
 STABLE_TORCH_LIBRARY(slimtorch, m) {
   m.def("sparse_plan(Tensor columns, Tensor row_offsets, int width, int groups, int taps, bool transposed) -> Tensor");
   m.def("sparse_pack_values(Tensor values, Tensor plan) -> Tensor");
-  m.def("sparse_linear(Tensor x, " WEIGHT ", " PLANS ", Tensor? packed_values, Tensor? bias, bool relu) -> Tensor");
+  SLIM_DEF("sparse_linear", "(Tensor x, " WEIGHT ", " PLANS ", Tensor? packed_values, Tensor? bias, bool relu) -> Tensor");
   m.def("sparse_linear_grad_input(Tensor grad, " WEIGHT ", Tensor? backward_plan, int width) -> Tensor");
   m.def("sparse_linear_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor row_offsets, Tensor? plan) -> Tensor");
-  m.def("sparse_conv2d(Tensor x, " WEIGHT ", " PLANS ", Tensor? packed_values, Tensor? bias, " GEOMETRY ", bool relu) -> Tensor");
+  SLIM_DEF("sparse_conv2d", "(Tensor x, " WEIGHT ", " PLANS ", Tensor? packed_values, Tensor? bias, " GEOMETRY ", bool relu) -> Tensor");
   m.def("sparse_conv2d_grad_columns(Tensor grad, " WEIGHT ", Tensor? backward_plan, int width, int groups) -> Tensor");
   m.def("sparse_conv2d_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor row_offsets, Tensor? plan, " GEOMETRY
         ") -> Tensor");
 
   m.def("block_sparse_plan(Tensor columns, Tensor row_offsets, int[] block_size, int rows, int width, int groups, "
         "int taps, bool transposed) -> Tensor");
-  m.def("block_sparse_linear(Tensor x, " WEIGHT ", " PLANS ", Tensor? bias, int rows, bool relu) -> Tensor");
+  SLIM_DEF("block_sparse_linear", "(Tensor x, " WEIGHT ", " PLANS ", Tensor? bias, int rows, bool relu) -> Tensor");
   m.def("block_sparse_linear_grad_input(Tensor grad, " WEIGHT ", Tensor? backward_plan, int width) -> Tensor");
   m.def("block_sparse_linear_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor row_offsets, Tensor? plan, "
         "int[] block_size) -> Tensor");
-  m.def("block_sparse_conv2d(Tensor x, " WEIGHT ", " PLANS ", Tensor? bias, int rows, " GEOMETRY
+  SLIM_DEF("block_sparse_conv2d", "(Tensor x, " WEIGHT ", " PLANS ", Tensor? bias, int rows, " GEOMETRY
         ", bool relu) -> Tensor");
   m.def("block_sparse_conv2d_grad_columns(Tensor grad, " WEIGHT ", Tensor? backward_plan, int width, int groups) "
         "-> Tensor");
@@ -34,24 +38,24 @@ STABLE_TORCH_LIBRARY(slimtorch, m) {
 STABLE_TORCH_LIBRARY_IMPL(slimtorch, CPU, m) {
   m.impl("sparse_plan", TORCH_BOX(&slim::sparse::plan));
   m.impl("sparse_pack_values", TORCH_BOX(&slim::sparse::pack_values));
-  m.impl("sparse_linear", TORCH_BOX(&slim::sparse::linear));
+  SLIM_IMPL("sparse_linear", slim::sparse::linear);
   m.impl("sparse_linear_grad_input", TORCH_BOX(&slim::sparse::linear_grad_input));
   m.impl("sparse_linear_grad_values", TORCH_BOX(&slim::sparse::linear_grad_values));
-  m.impl("sparse_conv2d", TORCH_BOX(&slim::sparse::conv2d));
+  SLIM_IMPL("sparse_conv2d", slim::sparse::conv2d);
   m.impl("sparse_conv2d_grad_columns", TORCH_BOX(&slim::sparse::conv2d_grad_columns));
   m.impl("sparse_conv2d_grad_values", TORCH_BOX(&slim::sparse::conv2d_grad_values));
 
   m.impl("block_sparse_plan", TORCH_BOX(&slim::block_sparse::plan));
-  m.impl("block_sparse_linear", TORCH_BOX(&slim::block_sparse::linear));
+  SLIM_IMPL("block_sparse_linear", slim::block_sparse::linear);
   m.impl("block_sparse_linear_grad_input", TORCH_BOX(&slim::block_sparse::linear_grad_input));
   m.impl("block_sparse_linear_grad_values", TORCH_BOX(&slim::block_sparse::linear_grad_values));
-  m.impl("block_sparse_conv2d", TORCH_BOX(&slim::block_sparse::conv2d));
+  SLIM_IMPL("block_sparse_conv2d", slim::block_sparse::conv2d);
   m.impl("block_sparse_conv2d_grad_columns", TORCH_BOX(&slim::block_sparse::conv2d_grad_columns));
   m.impl("block_sparse_conv2d_grad_values", TORCH_BOX(&slim::block_sparse::conv2d_grad_values));
 }
 
 #ifdef SLIM_CUDA
 STABLE_TORCH_LIBRARY_IMPL(slimtorch, CUDA, m) {
-  m.impl("block_sparse_linear", TORCH_BOX(&slim::block_sparse::linear_cuda));
+  SLIM_IMPL("block_sparse_linear", slim::block_sparse::linear_cuda);
 }
 #endif

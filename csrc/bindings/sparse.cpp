@@ -113,7 +113,7 @@ void run_forward(Params& p, const Tensor& values, const std::optional<Tensor>& p
   p.values = kernel_values(p, values, packed);
   const int64_t groups = k.group_count(p);
   p.ranges = row_ranges(groups, p.plan.header->row_blocks, flops);
-  run_tasks(groups * p.ranges, k.workspace_bytes(p), flops,
+  run_tasks(groups * p.ranges, checked_workspace(p.a, k.workspace_bytes(p)), flops,
             [&](int64_t task, void* workspace) { k.forward(p, task, workspace); });
   value_scratch().trim();
   packed_scratch().trim();
@@ -126,7 +126,7 @@ Tensor run_grad_values(Params& p, const Tensor& x, int64_t nnz) {
   const double flops = 2.0 * double(nnz) * double(columns_of(p.a));
   p.ranges = row_ranges(1, p.plan.header->row_blocks, flops);
   if (columns_of(p.a) > 0)
-    run_tasks(p.ranges, k.workspace_bytes(p), flops,
+    run_tasks(p.ranges, checked_workspace(p.a, k.workspace_bytes(p)), flops,
               [&](int64_t range, void* workspace) { k.grad_values(p, range, workspace); });
   finish_gradient(p.grad_values, out, p.a.dtype);
   value_scratch().trim();
@@ -154,7 +154,7 @@ Tensor pack_values(Tensor values, Tensor plan) {
   STD_TORCH_CHECK(view_plan(plan.const_data_ptr(), plan.numel(), h->rows, h->width, values.numel(), false, &view),
                   "plan: made for a matrix of other sizes");
   const DType dtype = dtype_of(values, "values");
-  values = torch::stable::contiguous(values);
+  values = as_contiguous(values);
   Tensor out = torch::stable::new_empty(values, {values.numel()},
                                         dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
   pack_values(view, compute_values(values, dtype, nullptr), compute_size(dtype), out.mutable_data_ptr());
@@ -168,8 +168,8 @@ Tensor linear(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, std::
   const Csr csr = csr_of(columns, row_offsets, x.size(-1), 1);
   check_values(values, x, csr.nnz);
   const PlanHolder holder(plan, csr, 1, false);
-  x = torch::stable::contiguous(x);
-  values = torch::stable::contiguous(values);
+  x = as_contiguous(x);
+  values = as_contiguous(values);
   bias = checked_bias(bias, x, csr.rows);
   std::vector<int64_t> sizes = sizes_of(x);
   sizes.back() = csr.rows;
@@ -189,8 +189,8 @@ Tensor linear_grad_input(Tensor grad, Tensor values, Tensor columns, Tensor row_
   STD_TORCH_CHECK(grad.size(-1) == csr.rows, "grad: expected shape [..., out_features]");
   check_values(values, grad, csr.nnz);
   const PlanHolder holder(backward_plan, csr, 1, true);
-  grad = torch::stable::contiguous(grad);
-  values = torch::stable::contiguous(values);
+  grad = as_contiguous(grad);
+  values = as_contiguous(values);
   std::vector<int64_t> sizes = sizes_of(grad);
   sizes.back() = width;
   Tensor out = like(grad, sizes);
@@ -207,8 +207,8 @@ Tensor linear_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor row_offs
   check_same(grad, x, "grad");
   STD_TORCH_CHECK(grad.dim() >= 1 && grad.size(-1) == csr.rows, "grad: expected shape [..., out_features]");
   const PlanHolder holder(plan, csr, 1, false);
-  grad = torch::stable::contiguous(grad);
-  x = torch::stable::contiguous(x);
+  grad = as_contiguous(grad);
+  x = as_contiguous(x);
   Params p{};
   p.plan = *holder;
   p.a = linear_activations(x, x.const_data_ptr(), const_cast<void*>(grad.const_data_ptr()), csr.width, csr.rows,
@@ -230,8 +230,8 @@ Tensor conv2d(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, std::
   const Csr csr = csr_of(columns, row_offsets, g.channels / groups * taps, groups);
   check_values(values, x, csr.nnz);
   const PlanHolder holder(plan, csr, taps, false);
-  x = torch::stable::contiguous(x);
-  values = torch::stable::contiguous(values);
+  x = as_contiguous(x);
+  values = as_contiguous(values);
   bias = checked_bias(bias, x, csr.rows);
   Tensor y = like(x, {g.batch, csr.rows, g.out_h, g.out_w});
   p.plan = *holder;
@@ -253,8 +253,8 @@ Tensor conv2d_grad_columns(Tensor grad, Tensor values, Tensor columns, Tensor ro
   STD_TORCH_CHECK(g.channels == csr.rows, "grad: expected shape [N, out_channels, H, W]");
   check_values(values, grad, csr.nnz);
   const PlanHolder holder(backward_plan, csr, 1, true);
-  grad = torch::stable::contiguous(grad);
-  values = torch::stable::contiguous(values);
+  grad = as_contiguous(grad);
+  values = as_contiguous(values);
   Tensor out = like(grad, {g.batch, width * groups, g.height, g.width});
   p.plan = *holder;
   p.a.x = grad.const_data_ptr();
@@ -278,8 +278,8 @@ Tensor conv2d_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor row_offs
                       grad.size(3) == g.out_w,
                   "grad: expected the shape of the convolution's output");
   const PlanHolder holder(plan, csr, taps, false);
-  grad = torch::stable::contiguous(grad);
-  x = torch::stable::contiguous(x);
+  grad = as_contiguous(grad);
+  x = as_contiguous(x);
   p.plan = *holder;
   p.a.x = x.const_data_ptr();
   p.a.y = const_cast<void*>(grad.const_data_ptr());

@@ -116,7 +116,7 @@ def compare(
     ),
     json_file: Json = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Under 40 seconds: one seed, two sparsities, half the training.")
+        bool, typer.Option("--quick", help="Under 40 seconds: one seed, two sparsities, less training.")
     ] = False,
     seeds: Annotated[int | None, typer.Option(help="Training seeds (digits) [default: 3]", min=1)] = None,
     jobs: Annotated[int | None, typer.Option(help="Training processes (digits) [default: one per core]", min=1)] = None,

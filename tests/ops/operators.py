@@ -27,7 +27,7 @@ from torch import Tensor
 
 import slimtorch as slim
 from slimtorch.formats import BlockSparse, Sparse
-from tests.problems import ConvProblem, LinearProblem, Problem
+from tests.problems import LinearProblem, Problem
 
 Weight = Sparse | BlockSparse
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)

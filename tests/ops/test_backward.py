@@ -79,8 +79,7 @@ def test_larger_than_one_tile(shape: tuple[int, int], form: Format) -> None:
 
 def test_more_than_65536_outputs() -> None:
     # In the backward of the input rows and columns change places.
-    check_problem(LinearProblem("", 3, 65600, 4, 0.01, seed=1), SPARSE, torch.float32)
-    check_problem(LinearProblem("", 3, 65600, 70, 0.02, seed=1), Format((64, 64)), torch.float32)
+    check_problem(LinearProblem("", 3, 65540, 2, 0.02, seed=1), SPARSE, torch.float32)
 
 
 @each_dtype
@@ -191,7 +190,7 @@ def _gradcheck(x: Tensor, weight: Any, bias: Tensor | None, relu: bool, **option
 
     # The finite difference must not step over a ReLU's kink (an output of no weight at all stays on it).
     y = apply(x, weight, bias, **options).detach()
-    assert not relu or float(y[y != 0].abs().min()) > 1e-4
+    assert not relu or bool(((y.abs() > 1e-4) | (y == 0)).all())
     assert torch.autograd.gradcheck(run, leaves)
 
 

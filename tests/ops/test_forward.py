@@ -343,9 +343,7 @@ def test_pairs_and_ints_mean_the_same() -> None:
 
 # ---- hypothesis -------------------------------------------------------------------------------------------------------
 
-formats = st.sampled_from(FORMATS) | st.builds(
-    Format, st.tuples(st.integers(1, 70), st.integers(1, 70))
-)
+formats = st.sampled_from(FORMATS) | st.builds(Format, st.tuples(st.integers(1, 70), st.integers(1, 70)))
 densities = st.sampled_from([0.0, 0.02, 0.1, 0.3, 0.6, 1.0])
 
 
@@ -364,9 +362,7 @@ def test_any_linear(
 @st.composite
 def convolutions(draw: st.DrawFn) -> ConvProblem:
     groups = draw(st.integers(1, 4))
-    kernel, stride, dilation = (
-        (draw(st.integers(1, top)), draw(st.integers(1, top))) for top in (4, 3, 3)
-    )
+    kernel, stride, dilation = ((draw(st.integers(1, top)), draw(st.integers(1, top))) for top in (4, 3, 3))
     padding = draw(st.integers(0, 5)), draw(st.integers(0, 5))
     spans = [dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i] for i in range(2)]
     h, w = (max(1, span) + draw(st.integers(0, 24)) for span in spans)

@@ -25,14 +25,14 @@ from torch import nn
 
 from slimtorch.data import Digits, Split, digits
 from slimtorch.experiments import machine
-from slimtorch.experiments.rivals import FROZEN, ONEDNN, TORCH, best_dense, dense_rivals
+from slimtorch.experiments.rivals import FROZEN, ONEDNN, TORCH, best_dense, dense_rivals, frozen
 from slimtorch.experiments.store import Record, Store, digest
 from slimtorch.experiments.training import NETWORKS, PRUNED, TITLES, Method, Recipe, Unit, restore, run_unit, units
 from slimtorch.measure import Latency, count_macs, disk_bytes, interleave, memory_bytes, threads_of_torch
 from slimtorch.report import Table
 
 SCHEMA = "slimtorch.compare/1"
-PACKED = "packed"
+PACKED, PACKED_FROZEN = "packed", "packed frozen"
 EQUAL_ACCURACY = 0.01  # "as accurate as dense": validation accuracy at most this far below
 
 
@@ -65,16 +65,16 @@ class Settings:
 
 
 def quick() -> Settings:
-    """The shape of the result in well under a minute: one seed, two sparsities, half the epochs."""
-    return Settings(sparsities=(0.8, 0.95), seeds=1, samples=5, pack_seconds=0.1, recipe=Recipe(epochs=0.5))
+    """The shape of the result in well under a minute: one seed, two sparsities, fewer epochs."""
+    return Settings(sparsities=(0.8, 0.95), seeds=1, samples=5, pack_seconds=0.1, recipe=Recipe(epochs=0.4))
 
 
 @dataclass(frozen=True)
 class Variant:
     """One network pruned in one way to one sparsity; accuracies over seeds, the rest of seed 0's network.
 
-    ``latency``: batch size -> name of the runner ("torch", "oneDNN", "frozen", "packed") -> seconds. A network that
-    keeps its dense shape takes its dense time from the unpruned network: zeros do not change it.
+    ``latency``: batch size -> name of the runner ("torch", "oneDNN", "frozen", "packed", "packed frozen") -> seconds.
+    A network that keeps its dense shape takes its dense time from the unpruned network: zeros do not change it.
     ``formats``: batch size -> layer -> what ``pack_`` chose. Bytes and MACs are those of the packed network for the
     first batch size.
     """
@@ -92,10 +92,15 @@ class Variant:
 
     def seconds(self, batch: int) -> float:
         """What it really takes: packed, where the dense code would multiply zeros; else the fastest way to run it."""
+        packed = self.packed_seconds(batch)
+        if packed is not None and not self.method.structured:
+            return packed
+        return min(latency.median for latency in self.latency[batch].values())
+
+    def packed_seconds(self, batch: int) -> float | None:
+        """Of the packed network, as it is or frozen: what dense networks are granted too. None for the dense one."""
         runners = self.latency[batch]
-        if PACKED in runners and not self.method.structured:
-            return runners[PACKED].median
-        return min(latency.median for latency in runners.values())
+        return min((runners[name].median for name in (PACKED, PACKED_FROZEN) if name in runners), default=None)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -164,13 +169,14 @@ class Comparison:
             row += [round(variant.bytes_disk / 1024), round(variant.macs / 1000)]
             for batch in self.settings.batches:
                 latency = variant.latency[batch]
-                packed = latency[PACKED].median * 1e6 if PACKED in latency else None
-                row += [_short(latency[TORCH].median * 1e6), _short(best_dense(latency) * 1e6), _short(packed)]
+                times = (latency[TORCH].median, best_dense(latency), variant.packed_seconds(batch))
+                row += [_short(seconds) for seconds in times]
             rows.append(row)
         seeds = self.settings.seeds
         notes = [
             "Times: microseconds per call, median; b: batch size. best: the fastest of torch, oneDNN and frozen "
-            "TorchScript (networks pruned to zeros take the dense time of the unpruned one). packed: slim.pack_.",
+            "TorchScript (networks pruned to zeros take the dense time of the unpruned one). packed: slim.pack_, as it "
+            "is or frozen likewise.",
             f"Test accuracy: {self.settings.recipe.test} images, mean{' ± deviation' if seeds > 1 else ''} over "
             f"{seeds} seed{'s' if seeds > 1 else ''}; the rest is seed 0's network. zeros: share of weights removed. "
             "KiB, kMAC: on disk and executed for one image, packed. one-shot, iterative: single weights. scratch: the "
@@ -249,8 +255,11 @@ def _percent(values: Sequence[float]) -> str:
     return f"{mean}±{statistics.stdev(values) * 100:.1f}" if len(values) > 1 else mean
 
 
-def _short(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+def _short(seconds: float | None) -> str:
+    """Microseconds."""
+    if seconds is None:
+        return "-"
+    return f"{seconds * 1e6:,.0f}" if seconds >= 1e-4 else f"{seconds * 1e6:.1f}"
 
 
 # --- the job ------------------------------------------------------------------------------------------------------
@@ -445,6 +454,9 @@ def _time(
                     packed, chosen = _pack(network, model, x, settings.pack_seconds)
                     _check_same(model, packed, data.test.images[:64])
                     calls[f"{index}/{PACKED}"] = functools.partial(packed, x)
+                    scripted = frozen(packed, x)
+                    if scripted is not None:
+                        calls[f"{index}/{PACKED_FROZEN}"] = scripted
                 found[index]["formats"][str(batch)] = chosen
                 if number == 0:
                     found[index]["bytes_memory"] = memory_bytes(packed)

@@ -26,19 +26,32 @@ def dense_rivals(model: nn.Module, x: torch.Tensor) -> dict[str, Callable[[], to
     A rival that cannot run this model, or whose output differs, is left out; ``torch`` is always there.
     """
     model = copy.deepcopy(model).eval()
-    rivals: dict[str, Callable[[], torch.Tensor]] = {TORCH: lambda: model(x)}
+    calls: dict[str, Callable[[], torch.Tensor]] = {TORCH: lambda: model(x)}
+    for name, convert in ((ONEDNN, _onednn), (FROZEN, _frozen)):
+        call = _converted(convert, model, x)
+        if call is not None:
+            calls[name] = call
+    return calls
+
+
+def frozen(model: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor] | None:
+    """``model`` (packed or dense) as frozen TorchScript run on ``x``; None where that cannot be or differs."""
+    return _converted(_frozen, model, x)
+
+
+def _converted(
+    convert: Callable[[nn.Module, torch.Tensor], Callable[[], torch.Tensor]], model: nn.Module, x: torch.Tensor
+) -> Callable[[], torch.Tensor] | None:
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # both converters announce their age on every call
         expected = model(x)
-        for name, build in ((ONEDNN, _onednn), (FROZEN, _frozen)):
-            try:
-                call = build(model, x)
-                result = call()
-            except (RuntimeError, TypeError, NotImplementedError):
-                continue
-            if torch.allclose(result, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
-                rivals[name] = call
-    return rivals
+        try:
+            call = convert(model, x)
+            result = call()
+        except (RuntimeError, TypeError, NotImplementedError):
+            return None
+        same = torch.allclose(result, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    return call if same else None
 
 
 def _onednn(model: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:

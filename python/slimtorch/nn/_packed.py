@@ -40,6 +40,7 @@ class PackedLayer(nn.Module):
     _shape: tuple[int, ...]
     _plans: Plans
     _planned: tuple[Tensor, Tensor] | None  # the positions that the plans were derived from
+    _held: tuple[Tensor, Tensor, Format] | None  # the format of the last call, and its positions
 
     # ---- what family and kind provide ----
 
@@ -55,7 +56,7 @@ class PackedLayer(nn.Module):
         relu_flag(activation)
         self.activation = activation
         self._shape = tuple(weight.shape)
-        self._plans, self._planned = {}, None
+        self._plans, self._planned, self._held = {}, None, None
         trained = twin.weight.requires_grad
         self.values = nn.Parameter(weight.values, requires_grad=trained)
         if twin.bias is None:
@@ -106,6 +107,19 @@ class PackedLayer(nn.Module):
             (gathered,) = torch.autograd.grad(full, values, dense.detach())
         return gathered
 
+    def _held_format(self) -> Format:
+        """The format object, the same one as long as the tensors in it are."""
+        values, positions = cast(Tensor, self._parameters["values"]), self._positions()
+        held = self.__dict__.get("_held")
+        if held is not None and not torch.compiler.is_compiling():
+            first, second, format = held
+            if format.values is values and first is positions[0] and second is positions[1]:
+                return format
+        format = self._as_format(values, positions, self._plans_for(positions))
+        if not torch.compiler.is_compiling():
+            self.__dict__["_held"] = (*positions, format)
+        return format
+
     # ---- plans ----
 
     def _positions(self) -> tuple[Tensor, Tensor]:
@@ -130,14 +144,14 @@ class PackedLayer(nn.Module):
         derives it. Positions that are not valid yet (``to_empty``) are reported when the layer is called.
         """
         positions = self._positions()
-        self._plans, self._planned = {}, positions
+        self._plans, self._planned, self._held = {}, positions, None
         if positions[0].device.type != "cpu":
             return
         try:
             self.format.plan(self.groups)
             self._prepare_backward()
         except (TypeError, ValueError):
-            self._plans = {}
+            self._plans, self._held = {}, None
 
     def _prepare_backward(self) -> None:
         if self.training and self.values.requires_grad and self._plans:
@@ -159,7 +173,7 @@ class PackedLayer(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plans": {}, "_planned": None}
+        return {**self.__dict__, "_plans": {}, "_planned": None, "_held": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,8 +42,7 @@ class _BlockSparseLayer(PackedLayer):
     @property
     def format(self) -> BlockSparse:
         """The weight as a :class:`slimtorch.formats.BlockSparse` of this layer's own tensors and plans."""
-        positions = self._positions()
-        return self._as_format(self.values, positions, self._plans_for(positions))
+        return cast(BlockSparse, self._held_format())
 
     def _options(self) -> str:
         return f", block_size={self.block_size}"

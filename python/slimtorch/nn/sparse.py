@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,8 +35,7 @@ class _SparseLayer(PackedLayer):
     @property
     def format(self) -> Sparse:
         """The weight as a :class:`slimtorch.formats.Sparse` of this layer's own tensors and plans."""
-        positions = self._positions()
-        return self._as_format(self.values, positions, self._plans_for(positions))
+        return cast(Sparse, self._held_format())
 
 
 class SparseLinear(_SparseLayer, PackedLinear):

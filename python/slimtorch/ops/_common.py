@@ -33,6 +33,15 @@ def has_kernel(op: str, x: Tensor, dtypes: dict[str, tuple[torch.dtype, ...]] = 
     return False
 
 
+def is_inference(x: Tensor, values: Tensor, bias: Tensor | None) -> bool:
+    """Whether nothing records, casts or traces this call, so that it can go straight to the kernel."""
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or torch.is_autocast_enabled(x.device.type):
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    return not (x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad))
+
+
 def relu_flag(activation: Activation) -> bool:
     if activation not in (None, "relu"):
         raise ValueError(f"activation: expected None or 'relu', got {activation!r}")

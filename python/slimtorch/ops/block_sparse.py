@@ -9,12 +9,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slimtorch import reference
+from slimtorch import _C, reference
 from slimtorch.formats import BlockSparse
 from slimtorch.ops import _common as common
 from slimtorch.ops._common import Activation, Pair
 
 _ops = torch.ops.slimtorch
+
+# The CUDA kernel of the linear layer has no backward.
+_INFERENCE_DTYPES = dict(common.KERNEL_DTYPES)
+if _C.cuda_archs():
+    _INFERENCE_DTYPES["cuda"] = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def block_sparse_linear(
@@ -36,9 +41,17 @@ def block_sparse_linear(
         ValueError: shapes or devices do not fit.
     """
     relu = common.relu_flag(activation)
+    if common.is_inference(x, weight.values, bias) and len(weight.shape) == 2:
+        try:
+            return _ops.block_sparse_linear_inference(
+                x, weight.values, weight.block_columns, weight.block_row_offsets, weight.plan(), None, bias, weight.shape[0], relu
+            )
+        except RuntimeError:
+            pass  # what is wrong is said below, or a dtype or device without a kernel served
     x, values, bias = common.autocast(x, weight.values, bias)
     common.check_linear(x, values, bias, weight.shape)
-    if not common.has_kernel("block_sparse_linear", x):
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, values, bias))
+    if not common.has_kernel("block_sparse_linear", x, common.KERNEL_DTYPES if trains else _INFERENCE_DTYPES):
         return reference.linear(x, _with_values(weight, values), bias, relu=relu)
     backward_plan = weight.plan(transposed=True) if _needs_grad(x) else None
     return _ops.block_sparse_linear(
@@ -85,6 +98,14 @@ def block_sparse_conv2d(
     stride, padding, dilation = (
         common.pair("stride", stride, 1), common.pair("padding", padding, 0), common.pair("dilation", dilation, 1)
     )  # fmt: skip
+    if common.is_inference(x, weight.values, bias) and len(weight.shape) == 4 and x.dim() == 4:
+        try:
+            return _ops.block_sparse_conv2d_inference(
+                x, weight.values, weight.block_columns, weight.block_row_offsets, weight.plan(groups), None,
+                bias, weight.shape[0], weight.shape[2:], stride, padding, dilation, groups, relu,
+            )  # fmt: skip
+        except RuntimeError:
+            pass  # what is wrong is said below, or a dtype or device without a kernel served
     x, values, bias = common.autocast(x, weight.values, bias)
     common.check_conv2d(x, values, bias, weight.shape, stride, padding, dilation, groups)
     if not common.has_kernel("block_sparse_conv2d", x):
@@ -117,6 +138,7 @@ def _(
     return columns.new_empty([torch.library.get_ctx().new_dynamic_size()], dtype=torch.uint8)
 
 
+@torch.library.register_fake("slimtorch::block_sparse_linear_inference")
 @torch.library.register_fake("slimtorch::block_sparse_linear")
 def _(
     x: Tensor, values: Tensor, columns: Tensor, row_offsets: Tensor, plan: Tensor | None,
@@ -137,6 +159,7 @@ def _(grad: Tensor, x: Tensor, columns: Tensor, row_offsets: Tensor, plan: Tenso
     return x.new_empty([columns.shape[0], *block_size])
 
 
+@torch.library.register_fake("slimtorch::block_sparse_conv2d_inference")
 @torch.library.register_fake("slimtorch::block_sparse_conv2d")
 def _(
     x: Tensor, values: Tensor, columns: Tensor, row_offsets: Tensor, plan: Tensor | None,

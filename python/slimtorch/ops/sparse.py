@@ -34,6 +34,14 @@ def sparse_linear(x: Tensor, weight: Sparse, bias: Tensor | None = None, *, acti
         ValueError: shapes or devices do not fit.
     """
     relu = common.relu_flag(activation)
+    if common.is_inference(x, weight.values, bias) and len(weight.shape) == 2:
+        try:
+            return _ops.sparse_linear_inference(
+                x, weight.values, weight.columns, weight.row_offsets, weight.plan(), None,
+                weight.packed_values() if x.numel() > 8 * weight.shape[1] else None, bias, relu,
+            )  # fmt: skip
+        except RuntimeError:
+            pass  # what is wrong is said below, or a dtype or device without a kernel served
     x, values, bias = common.autocast(x, weight.values, bias)
     common.check_linear(x, values, bias, weight.shape)
     if not common.has_kernel("sparse_linear", x):
@@ -75,6 +83,14 @@ def sparse_conv2d(
     stride, padding, dilation = (
         common.pair("stride", stride, 1), common.pair("padding", padding, 0), common.pair("dilation", dilation, 1)
     )  # fmt: skip
+    if common.is_inference(x, weight.values, bias) and len(weight.shape) == 4 and x.dim() == 4:
+        try:
+            return _ops.sparse_conv2d_inference(
+                x, weight.values, weight.columns, weight.row_offsets, weight.plan(groups), None,
+                weight.packed_values(groups), bias, weight.shape[2:], stride, padding, dilation, groups, relu,
+            )  # fmt: skip
+        except RuntimeError:
+            pass  # what is wrong is said below, or a dtype or device without a kernel served
     x, values, bias = common.autocast(x, weight.values, bias)
     common.check_conv2d(x, values, bias, weight.shape, stride, padding, dilation, groups)
     if not common.has_kernel("sparse_conv2d", x):
@@ -93,8 +109,14 @@ def _needs_grad(x: Tensor) -> bool:
 
 
 def _packed(weight: Sparse, values: Tensor, groups: int = 1) -> Tensor | None:
-    """The cached copy in the kernel's order, unless autocast has put other values in the place of the weight's."""
-    return weight.packed_values(groups) if values is weight.values else None
+    """The cached copy in the kernel's order, unless autocast has put other values in the place of the weight's.
+
+    Not while the values are being trained either: they change with every step anyway, and some who change them do so
+    behind torch's back (``gradcheck`` moves single entries through ``.data``).
+    """
+    if values is not weight.values or (values.requires_grad and torch.is_grad_enabled()):
+        return None
+    return weight.packed_values(groups)
 
 
 def _with_values(weight: Sparse, values: Tensor) -> Sparse:
@@ -114,6 +136,7 @@ def _(values: Tensor, plan: Tensor) -> Tensor:
     return values.new_empty(values.shape, dtype=torch.float64 if values.dtype == torch.float64 else torch.float32)
 
 
+@torch.library.register_fake("slimtorch::sparse_linear_inference")
 @torch.library.register_fake("slimtorch::sparse_linear")
 def _(
     x: Tensor, values: Tensor, columns: Tensor, row_offsets: Tensor, plan: Tensor | None,
@@ -134,6 +157,7 @@ def _(grad: Tensor, x: Tensor, columns: Tensor, row_offsets: Tensor, plan: Tenso
     return x.new_empty(columns.shape)
 
 
+@torch.library.register_fake("slimtorch::sparse_conv2d_inference")
 @torch.library.register_fake("slimtorch::sparse_conv2d")
 def _(
     x: Tensor, values: Tensor, columns: Tensor, row_offsets: Tensor, plan: Tensor | None,
