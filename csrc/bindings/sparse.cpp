@@ -177,7 +177,7 @@ Tensor linear(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, std::
   Params p{};
   p.plan = *holder;
   p.a = linear_activations(x, x.const_data_ptr(), y.mutable_data_ptr(), csr.width, csr.rows, bias, relu);
-  p.dot = p.a.m == 1;
+  p.dot = p.a.m == 1 && p.plan.header->by_row;
   run_forward(p, values, packed_values);
   return y;
 }

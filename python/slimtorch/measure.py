@@ -391,6 +391,8 @@ def _unregistered_bytes(model: nn.Module, *, canonical: bool) -> int:
         for value in vars(held).values():
             direct = isinstance(value, torch.Tensor)
             candidates = [value] if direct else list(value.values()) if isinstance(value, dict) else []
+            # the copy of the values in a plan's order hangs on the plan: (values, version, copy)
+            candidates += [plan.slimtorch_packed[2] for plan in candidates if hasattr(plan, "slimtorch_packed")]
             for tensor in candidates:
                 if isinstance(tensor, torch.Tensor) and direct == canonical and tensor.data_ptr() not in seen:
                     seen.add(tensor.data_ptr())

@@ -118,6 +118,8 @@ class Table:
         )
         for index, name in enumerate(self.columns):
             right = self._right_aligned(index)
+            if right and len(name) > max(len(format_cell(row[index])) for row in self.rows):
+                name = name.replace(" ", "\n")
             # Only words wrap: a number that is broken in two is a wrong number.
             grid.add_column(Text(name), justify="right" if right else "left", overflow="fold", no_wrap=right)
         for row in self.rows:

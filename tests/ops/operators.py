@@ -32,7 +32,7 @@ from tests.problems import LinearProblem, Problem
 Weight = Sparse | BlockSparse
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
-# ---- what is packed ---------------------------------------------------------------------------------------------------
+# ---- what is packed --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def pattern(weight: Weight) -> Tensor:
     return with_values(weight, torch.ones_like(weight.values, dtype=torch.float64)).to_dense()
 
 
-# ---- how it is called -------------------------------------------------------------------------------------------------
+# ---- how it is called ------------------------------------------------------------------------------------------------
 
 
 def geometry(problem: Problem) -> dict[str, Any]:
@@ -85,8 +85,8 @@ def geometry(problem: Problem) -> dict[str, Any]:
 
 
 def operator(weight: Weight) -> Callable[..., Tensor]:
-    family = "sparse" if isinstance(weight, Sparse) else "block_sparse"
-    return getattr(slim.ops, f"{family}_{'linear' if len(weight.shape) == 2 else 'conv2d'}")
+    """The function of ``slim.ops`` for a weight of this format and layer."""
+    return getattr(slim.ops, f"{family(weight)}_{'linear' if len(weight.shape) == 2 else 'conv2d'}")
 
 
 def apply(x: Tensor, weight: Weight, bias: Tensor | None = None, *, relu: bool = False, **options: Any) -> Tensor:
@@ -108,7 +108,7 @@ def raw(name: str, **arguments: Any) -> Tensor:
     op = getattr(torch.ops.slimtorch, name).default
     schema = op._schema.arguments
     assert set(arguments) <= {a.name for a in schema}
-    return op(*(arguments[a.name] if a.name in arguments else None for a in schema))
+    return op(*(arguments.get(a.name) for a in schema))
 
 
 def positions(weight: Weight) -> dict[str, Tensor]:
@@ -142,6 +142,7 @@ def raw_calls(
         f"{name}_{layer}_grad_values": {"grad": grad, "x": x.detach(), **where, "plan": plan, **block_size, **shape},
     }  # fmt: skip
     backward = {"grad": grad, "values": weight.values.detach(), **where, "backward_plan": backward_plan, "width": width}
+    calls[f"{name}_{layer}_inference"] = calls[f"{name}_{layer}"]
     if linear:
         calls[f"{name}_linear_grad_input"] = backward
     else:
@@ -151,7 +152,7 @@ def raw_calls(
 
 _GEOMETRY = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
 
-# ---- how far off it may be --------------------------------------------------------------------------------------------
+# ---- how far off it may be -------------------------------------------------------------------------------------------
 
 
 def sum_bound(terms: int, dtype: torch.dtype) -> float:
@@ -240,7 +241,7 @@ def _reference_gradients(
     return list(torch.autograd.grad(y, [x, values] if bias is None else [x, values, bias], grad))
 
 
-# ---- problems as tensors ----------------------------------------------------------------------------------------------
+# ---- problems as tensors ---------------------------------------------------------------------------------------------
 
 
 def tensors(problem: Problem, form: Format, dtype: torch.dtype) -> tuple[Tensor, Weight, Tensor]:

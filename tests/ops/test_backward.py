@@ -151,7 +151,7 @@ def test_relu_passes_gradients_as_torch_does(form: Format) -> None:
         assert torch.equal(ours.grad, theirs.grad)
 
 
-# ---- gradcheck: float64 runs natively ---------------------------------------------------------------------------------
+# ---- gradcheck: float64 runs natively --------------------------------------------------------------------------------
 
 
 @each_few
@@ -205,7 +205,7 @@ def test_a_second_derivative_is_refused_not_wrong(form: Format) -> None:
             first.sum().backward()
 
 
-# ---- hypothesis -------------------------------------------------------------------------------------------------------
+# ---- hypothesis ------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=80)

@@ -68,9 +68,14 @@ def _run(isa: str, code: str, *arguments: str) -> subprocess.CompletedProcess[st
     environment = {**os.environ, "SLIMTORCH_CPU": isa, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600,
+        [sys.executable, "-c", code, *arguments],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
         check=False,
-    )  # fmt: skip
+    )
 
 
 _CHILD = """
@@ -87,7 +92,7 @@ def outputs_of(isa: str) -> dict[str, Tensor]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "outputs.pt"
         done = _run(isa, _CHILD, str(path))
-        assert done.returncode == 0, f"{isa}: {done.stderr[-3000:]}"
+        assert done.returncode == 0, done.stderr[-3000:]
         result = torch.load(path)
     assert result["isa"] == isa
     outputs: dict[str, Tensor] = result["outputs"]

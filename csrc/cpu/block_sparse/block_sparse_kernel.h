@@ -63,7 +63,7 @@ SLIM_INLINE void multiply(const Params& p, const Strip& strip, int row, const En
 
 // Vectors that R rows can hold: R * NV accumulators, NV activations and a weight in the register file.
 constexpr int max_vectors(int rows) {
-  return SLIM_VECTOR_BYTES == 64 ? 4 : rows == 1 ? 8 : rows == 2 ? 4 : rows == 3 ? 4 : 3;
+  return SLIM_VECTOR_BYTES == 64 ? 4 : rows == 1 ? 8 : rows == 2 ? 4 : 3;
 }
 
 // R rows of a strip over all vectors of the tile, in nearly equal parts.
@@ -71,14 +71,15 @@ template <class T, bool kTable, int R>
 void rows_of_strip(const Params& p, const Strip& strip, int row, int vectors, const Entry* e, const Entry* end,
                    const Lowered<T>& x, int64_t k0, const char* base, T* acc) {
   constexpr int L = Simd<T>::kLanes;
-  const int parts = (vectors + max_vectors(R) - 1) / max_vectors(R);
+  constexpr int kMost = max_vectors(R) < Simd<T>::kVectors ? max_vectors(R) : Simd<T>::kVectors;
+  const int parts = (vectors + kMost - 1) / kMost;
   for (int part = 0, v = 0; part < parts; ++part) {
     const int nv = vectors * (part + 1) / parts - v;
     const char* from = base + v * L * int64_t(sizeof(T));
     switch (nv) {
 #define SLIM_CASE(n) \
   case n: \
-    if constexpr (n <= max_vectors(R)) multiply<T, kTable, R, n>(p, strip, row, e, end, x, k0, from, acc + v * L); \
+    if constexpr (n <= kMost) multiply<T, kTable, R, n>(p, strip, row, e, end, x, k0, from, acc + v * L); \
     break;
       SLIM_CASE(1)
       SLIM_CASE(2)
@@ -101,12 +102,12 @@ SLIM_INLINE void run_strip(const Params& p, const Strip& strip, int vectors, con
   for (; row + 4 <= strip.rows; row += 4)
     rows_of_strip<T, kTable, 4>(p, strip, row, vectors, e, end, x, k0, base, acc + row * Simd<T>::kPanel);
   acc += row * Simd<T>::kPanel;
-  if (strip.rows - row == 3)
-    rows_of_strip<T, kTable, 3>(p, strip, row, vectors, e, end, x, k0, base, acc);
-  else if (strip.rows - row == 2)
+  if (strip.rows - row >= 2) {
     rows_of_strip<T, kTable, 2>(p, strip, row, vectors, e, end, x, k0, base, acc);
-  else if (strip.rows - row == 1)
-    rows_of_strip<T, kTable, 1>(p, strip, row, vectors, e, end, x, k0, base, acc);
+    row += 2;
+    acc += 2 * Simd<T>::kPanel;
+  }
+  if (strip.rows > row) rows_of_strip<T, kTable, 1>(p, strip, row, vectors, e, end, x, k0, base, acc);
 }
 
 // First strip of range `i` of `ranges`: equal shares of entries times their rows, roughly.
@@ -228,7 +229,7 @@ void forward_columns(const Params& p, int64_t task, void* workspace) {
 
 // R rows of a strip times M rows of x, along k: vectors of N elements, then what is left over.
 template <class T, int N, int R, int M>
-SLIM_INLINE void dot_rows(const Params& p, const Strip& strip, int row, const Entry* e, const Entry* end, const T* x,
+void dot_rows(const Params& p, const Strip& strip, int row, const Entry* e, const Entry* end, const T* x,
                           T* y) {
   using V = Vec<T, N>;
   const auto& h = *p.plan.header;

@@ -239,7 +239,7 @@ struct DirectColumns : PixelColumns<IO> {
 
   static bool fits(const Activations& a) {
     const ConvGeometry& g = a.geometry;
-    return sizeof(IO) == sizeof(T) && g.kernel_h == 1 && g.kernel_w == 1 && g.stride_h == 1 && g.stride_w == 1 &&
+    return g.kernel_h == 1 && g.kernel_w == 1 && g.stride_h == 1 && g.stride_w == 1 &&
            g.pad_h == 0 && g.pad_w == 0 && g.height * g.width >= Simd<T>::kPanel;
   }
   static int64_t groups_per_image(const Activations& a) {
@@ -497,7 +497,8 @@ SLIM_INLINE auto with_dtype(DType dtype, F f) {
 template <class IO, class F>
 SLIM_INLINE auto with_source(const Activations& a, F f) {
   if (!a.conv) return f((LinearColumns<IO>*)0);
-  if (DirectColumns<IO>::fits(a)) return f((DirectColumns<IO>*)0);
+  if constexpr (sizeof(IO) == sizeof(typename ComputeOf<IO>::type))
+    if (DirectColumns<IO>::fits(a)) return f((DirectColumns<IO>*)0);
   return f((ConvColumns<IO>*)0);
 }
 

@@ -31,10 +31,11 @@ using Vec = typename VecType<T, N>::type;
 // Shape of the register tile for an element type: kLanes per vector, kVectors vectors make a panel of kPanel columns.
 // 16 registers: one row of 8 vectors uses 8 accumulators, just enough to hide 4 cycles at 2 FMA a cycle.
 // 32 registers of 64 bytes: 4 vectors make the same 64 columns, and two rows are in flight.
+// float64 is there to check gradients with: small panels, which compile fast, are enough.
 template <class T>
 struct Simd {
   static constexpr int kLanes = SLIM_VECTOR_BYTES / int(sizeof(T));
-  static constexpr int kVectors = SLIM_VECTOR_BYTES == 64 ? 4 : 8;
+  static constexpr int kVectors = sizeof(T) == 8 ? 2 : SLIM_VECTOR_BYTES == 64 ? 4 : 8;
   static constexpr int kPanel = kLanes * kVectors;
   static constexpr bool kPairRows = SLIM_VECTOR_BYTES == 64;
   using V = Vec<T, kLanes>;

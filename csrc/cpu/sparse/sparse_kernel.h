@@ -20,8 +20,8 @@ using sparse::Params;
 using sparse::Plan;
 using sparse::Segment;
 
-template <bool kTable, class T, class Index>
-SLIM_INLINE const T* row_of(const Lowered<T>& x, const char* base, Index column) {
+template <bool kTable, class T>
+SLIM_INLINE const T* row_of(const Lowered<T>& x, const char* base, uint16_t column) {
   if constexpr (kTable)
     return reinterpret_cast<const T*>(base + x.table[column]);
   else
@@ -29,13 +29,13 @@ SLIM_INLINE const T* row_of(const Lowered<T>& x, const char* base, Index column)
 }
 
 // kSets sets of accumulators take turns where one row has too few vectors to hide the latency of an FMA.
-template <class T, class Index, bool kTable, int kVectors, int kSets>
-SLIM_INLINE void one_segment(const T* values, const Index* columns, const Segment& s, const Lowered<T>& x,
+template <class T, bool kTable, int kVectors, int kSets>
+SLIM_INLINE void one_segment(const T* values, const uint16_t* columns, const Segment& s, const Lowered<T>& x,
                              const char* base, T* acc) {
   using V = typename Simd<T>::V;
   constexpr int L = Simd<T>::kLanes;
   const T* value = values + s.start;
-  const Index* column = columns + s.start;
+  const uint16_t* column = columns + s.start;
   T* out = acc + int64_t(s.row) * Simd<T>::kPanel;
   V sum[kSets][kVectors];
 #pragma GCC unroll 8
@@ -71,8 +71,8 @@ SLIM_INLINE void one_segment(const T* values, const Index* columns, const Segmen
 }
 
 // Two segments of equal count at once: the same purpose as sets, without their final sums.
-template <class T, class Index, bool kTable, int kVectors>
-SLIM_INLINE void two_segments(const T* values, const Index* columns, const Segment& s, const Segment& t,
+template <class T, bool kTable, int kVectors>
+SLIM_INLINE void two_segments(const T* values, const uint16_t* columns, const Segment& s, const Segment& t,
                               const Lowered<T>& x, const char* base, T* acc) {
   using V = typename Simd<T>::V;
   constexpr int L = Simd<T>::kLanes;
@@ -103,30 +103,30 @@ SLIM_INLINE void two_segments(const T* values, const Index* columns, const Segme
 
 constexpr int sets_for(int vectors) { return vectors == 1 ? 4 : vectors == 2 ? 4 : vectors <= 5 ? 2 : 1; }
 
-template <class T, class Index, bool kTable, int kVectors>
-void run_segments(const T* values, const Index* columns, const Segment* s, const Segment* end, const Lowered<T>& x,
+template <class T, bool kTable, int kVectors>
+void run_segments(const T* values, const uint16_t* columns, const Segment* s, const Segment* end, const Lowered<T>& x,
                   const char* base, T* acc) {
   if constexpr (Simd<T>::kPairRows && kVectors >= 3)
     for (; s + 1 < end && s[0].count == s[1].count; s += 2)
-      two_segments<T, Index, kTable, kVectors>(values, columns, s[0], s[1], x, base, acc);
+      two_segments<T, kTable, kVectors>(values, columns, s[0], s[1], x, base, acc);
   for (; s < end; ++s) {
     if constexpr (Simd<T>::kPairRows && kVectors >= 3)
       if (s + 1 < end && s[0].count == s[1].count) {
-        two_segments<T, Index, kTable, kVectors>(values, columns, s[0], s[1], x, base, acc);
+        two_segments<T, kTable, kVectors>(values, columns, s[0], s[1], x, base, acc);
         ++s;
         continue;
       }
-    one_segment<T, Index, kTable, kVectors, sets_for(kVectors)>(values, columns, *s, x, base, acc);
+    one_segment<T, kTable, kVectors, sets_for(kVectors)>(values, columns, *s, x, base, acc);
   }
 }
 
-template <class T, class Index, bool kTable>
-void run_tile(int vectors, const T* values, const Index* columns, const Segment* s, const Segment* end,
+template <class T, bool kTable>
+void run_tile(int vectors, const T* values, const uint16_t* columns, const Segment* s, const Segment* end,
               const Lowered<T>& x, const char* base, T* acc) {
   switch (vectors) {
 #define SLIM_CASE(n) \
   case n: \
-    if constexpr (n <= Simd<T>::kVectors) run_segments<T, Index, kTable, n>(values, columns, s, end, x, base, acc); \
+    if constexpr (n <= Simd<T>::kVectors) run_segments<T, kTable, n>(values, columns, s, end, x, base, acc); \
     break;
     SLIM_CASE(1)
     SLIM_CASE(2)
@@ -163,7 +163,7 @@ template <class T>
 SLIM_INLINE int64_t blocks_at_once(const Params& p, int64_t tiles) {
   const auto& h = *p.plan.header;
   const int64_t acc = 262144 / (Simd<T>::kPanel * int64_t(sizeof(T)) * tiles);
-  const int64_t weight_per_row = h.nnz * int64_t(sizeof(T) + 2 + h.wide * 2) / max_of<int64_t>(h.rows, 1);
+  const int64_t weight_per_row = h.nnz * int64_t(sizeof(T) + 2) / max_of<int64_t>(h.rows, 1);
   const int64_t weight = 1310720 / max_of<int64_t>(weight_per_row, 1);
   return max_of<int64_t>(1, min_of(acc, weight) / sparse::kRowBlock);
 }
@@ -182,7 +182,7 @@ struct Workspace {
   static int64_t bytes(const Params& p) { return table_bytes(p) + lowered_bytes(p) + acc_bytes(p); }
 };
 
-template <class Source, class Index>
+template <class Source>
 void forward_columns(const Params& p, int64_t task, void* workspace) {
   using T = typename Source::T;
   using V = typename Simd<T>::V;
@@ -198,7 +198,7 @@ void forward_columns(const Params& p, int64_t task, void* workspace) {
   void* lowered = ws + Workspace<Source>::table_bytes(p);
   T* acc = reinterpret_cast<T*>(static_cast<char*>(lowered) + Workspace<Source>::lowered_bytes(p));
   const T* values = static_cast<const T*>(p.values);
-  const Index* columns = static_cast<const Index*>(p.plan.packed_columns);
+  const uint16_t* columns = p.plan.packed_columns;
   const int64_t step = blocks_at_once<T>(p, source.tile_count);
 
   for (int64_t block0 = first; block0 < last; block0 += step) {
@@ -222,17 +222,13 @@ void forward_columns(const Params& p, int64_t task, void* workspace) {
       if (!any) continue;  // as in grouped convolutions, where a row meets few of the channels
       const int64_t k0 = kb * h.k_block;
       const Lowered<T> x = source.lower(k0, min_of(h.width, k0 + h.k_block), lowered, table);
-      // The kernel indexes by absolute column: move what it indexes back by k0 (as numbers: the result is no object).
-      Lowered<T> shifted = x;
-      if (Source::kTable) shifted.table = reinterpret_cast<const int32_t*>(uintptr_t(x.table) - uintptr_t(k0) * 4);
       for (int tile = 0; tile < source.tile_count; ++tile) {
-        uintptr_t base = uintptr_t(x.base) + uintptr_t(source.tiles[tile].column * int64_t(sizeof(T)));
-        if (!Source::kTable) base -= uintptr_t(k0 * x.pitch);
+        const char* base = x.base + source.tiles[tile].column * int64_t(sizeof(T));
         for (int64_t b = block0; b < block1; ++b) {
           const uint32_t* cell = p.plan.cells + b * h.k_blocks + kb;
-          run_tile<T, Index, Source::kTable>(
+          run_tile<T, Source::kTable>(
               source.tiles[tile].vectors, values, columns, p.plan.segments + cell[0], p.plan.segments + cell[1],
-              shifted, reinterpret_cast<const char*>(base), acc + (tile * rows + (b - block0) * sparse::kRowBlock) * P);
+              x, base, acc + (tile * rows + (b - block0) * sparse::kRowBlock) * P);
         }
       }
     }
@@ -241,7 +237,7 @@ void forward_columns(const Params& p, int64_t task, void* workspace) {
 }
 
 // Few columns: the panel of all k is small, so each row is one long run in CSR order, without k blocks.
-template <class IO, class Index>
+template <class IO>
 void forward_rows(const Params& p, int64_t task, void* workspace) {
   using Source = LinearColumns<IO>;
   using T = typename Source::T;
@@ -254,7 +250,7 @@ void forward_rows(const Params& p, int64_t task, void* workspace) {
   T* acc = static_cast<T*>(workspace);  // [kRowBlock, kPanel]
   const Lowered<T> x = source.lower(0, h.width, acc + sparse::kRowBlock * Simd<T>::kPanel, nullptr);
   const T* values = static_cast<const T*>(p.values);
-  const Index* columns = static_cast<const Index*>(p.plan.columns);
+  const uint16_t* columns = p.plan.columns;
   for (int64_t b = first; b < last; ++b) {
     const int64_t row0 = b * sparse::kRowBlock, rows = min_of(h.rows - row0, sparse::kRowBlock);
     for (int64_t n = 0; n < rows; ++n) {
@@ -264,7 +260,7 @@ void forward_rows(const Params& p, int64_t task, void* workspace) {
       // A segment counts to 65535; longer rows take several.
       for (int64_t i = p.plan.row_offsets[row0 + n], end = p.plan.row_offsets[row0 + n + 1]; i < end; i += 65535) {
         const Segment s{uint32_t(i), uint16_t(n), uint16_t(min_of<int64_t>(65535, end - i))};
-        run_tile<T, Index, false>(source.tiles[0].vectors, values, columns, &s, &s + 1, x, x.base, acc);
+        run_tile<T, false>(source.tiles[0].vectors, values, columns, &s, &s + 1, x, x.base, acc);
       }
     }
     source.write(0, acc, row0, rows);
@@ -272,12 +268,12 @@ void forward_rows(const Params& p, int64_t task, void* workspace) {
 }
 
 // One column: a dot product of each row with the activations where they are; several chains hide the FMA's latency.
-template <class IO, class Index>
+template <class IO>
 void forward_dot(const Params& p, int64_t range, void*) {
   using T = typename ComputeOf<IO>::type;
   const auto& h = *p.plan.header;
   const IO* values = static_cast<const IO*>(p.values);
-  const Index* columns = static_cast<const Index*>(p.plan.columns);
+  const uint16_t* columns = p.plan.columns;
   const IO* x = static_cast<const IO*>(p.a.x);
   const int64_t row0 = range_start(p.plan, range, p.ranges) * sparse::kRowBlock;
   const int64_t row1 = min_of(h.rows, range_start(p.plan, range + 1, p.ranges) * sparse::kRowBlock);
@@ -295,8 +291,8 @@ void forward_dot(const Params& p, int64_t range, void*) {
 }
 
 // Sampled dense-dense: grad_values[i] = sum over columns of grad[row i] * x[column i], over all groups in order.
-template <class T, class Index, bool kTable, int kVectors>
-void dot_segments(const Index* columns, const Segment* s, const Segment* end, const uint32_t* source, const Lowered<T>& x, const char* base,
+template <class T, bool kTable, int kVectors>
+void dot_segments(const uint16_t* columns, const Segment* s, const Segment* end, const uint32_t* source, const Lowered<T>& x, const char* base,
                   const T* grad, T* grad_values) {
   using V = typename Simd<T>::V;
   constexpr int L = Simd<T>::kLanes;
@@ -314,7 +310,7 @@ void dot_segments(const Index* columns, const Segment* s, const Segment* end, co
   }
 }
 
-template <class Source, class Index>
+template <class Source>
 void grad_values_columns(const Params& p, int64_t range, void* workspace) {
   using T = typename Source::T;
   constexpr int P = Simd<T>::kPanel;
@@ -324,7 +320,7 @@ void grad_values_columns(const Params& p, int64_t range, void* workspace) {
   int32_t* table = reinterpret_cast<int32_t*>(ws);
   void* lowered = ws + Workspace<Source>::table_bytes(p);
   T* grad = reinterpret_cast<T*>(static_cast<char*>(lowered) + Workspace<Source>::lowered_bytes(p));
-  const Index* columns = static_cast<const Index*>(p.plan.packed_columns);
+  const uint16_t* columns = p.plan.packed_columns;
   T* out = static_cast<T*>(p.grad_values);
   const int64_t groups = Source::group_count(p.a);
   Source source(p.a);
@@ -339,21 +335,17 @@ void grad_values_columns(const Params& p, int64_t range, void* workspace) {
       for (int64_t kb = 0; kb < h.k_blocks; ++kb) {
         const int64_t k0 = kb * h.k_block;
         const Lowered<T> x = source.lower(k0, min_of(h.width, k0 + h.k_block), lowered, table);
-        Lowered<T> shifted = x;
-        if (Source::kTable) shifted.table = reinterpret_cast<const int32_t*>(uintptr_t(x.table) - uintptr_t(k0) * 4);
         for (int tile = 0; tile < source.tile_count; ++tile) {
-          uintptr_t base = uintptr_t(x.base) + uintptr_t(source.tiles[tile].column * int64_t(sizeof(T)));
-          if (!Source::kTable) base -= uintptr_t(k0 * x.pitch);
+          const char* base = x.base + source.tiles[tile].column * int64_t(sizeof(T));
           for (int64_t b = block0; b < block1; ++b) {
             const uint32_t* cell = p.plan.cells + b * h.k_blocks + kb;
             const Segment *s = p.plan.segments + cell[0], *end = p.plan.segments + cell[1];
             const T* g = grad + (tile * rows + (b - block0) * sparse::kRowBlock) * P;
-            const char* at = reinterpret_cast<const char*>(base);
             switch (source.tiles[tile].vectors) {
 #define SLIM_CASE(n) \
   case n: \
     if constexpr (n <= Simd<T>::kVectors) \
-      dot_segments<T, Index, Source::kTable, n>(columns, s, end, p.plan.sources + cell[0], shifted, at, g, out); \
+      dot_segments<T, Source::kTable, n>(columns, s, end, p.plan.sources + cell[0], x, base, g, out); \
     break;
               SLIM_CASE(1)
               SLIM_CASE(2)
@@ -375,7 +367,7 @@ void grad_values_columns(const Params& p, int64_t range, void* workspace) {
 // Rows long enough, and columns few enough, for the row kernel.
 template <class T>
 SLIM_INLINE bool few_columns(const Params& p) {
-  return p.a.m <= 2 * Simd<T>::kLanes && Simd<T>::kVectors > 2;
+  return p.plan.header->by_row && p.a.m <= 2 * Simd<T>::kLanes && Simd<T>::kVectors > 2;
 }
 
 bool by_row(const Params& p) {
@@ -403,27 +395,21 @@ int64_t workspace_bytes(const Params& p) {
   });
 }
 
-template <class IO, class Index>
+template <class IO>
 void forward_as(const Params& p, int64_t task, void* workspace) {
-  if (p.dot) return forward_dot<IO, Index>(p, task, workspace);
-  if (!p.a.conv && few_columns<typename ComputeOf<IO>::type>(p)) return forward_rows<IO, Index>(p, task, workspace);
-  with_source<IO>(p.a, [&](auto* source) { forward_columns<Pointee<decltype(source)>, Index>(p, task, workspace); });
+  if (p.dot) return forward_dot<IO>(p, task, workspace);
+  if (!p.a.conv && few_columns<typename ComputeOf<IO>::type>(p)) return forward_rows<IO>(p, task, workspace);
+  with_source<IO>(p.a, [&](auto* source) { forward_columns<Pointee<decltype(source)>>(p, task, workspace); });
 }
 
 void forward(const Params& p, int64_t task, void* workspace) {
-  with_dtype(p.a.dtype, [&](auto io) {
-    p.plan.header->wide ? forward_as<decltype(io), uint32_t>(p, task, workspace)
-                        : forward_as<decltype(io), uint16_t>(p, task, workspace);
-  });
+  with_dtype(p.a.dtype, [&](auto io) { forward_as<decltype(io)>(p, task, workspace); });
 }
 
 void grad_values(const Params& p, int64_t range, void* workspace) {
   with_dtype(p.a.dtype, [&](auto io) {
-    with_source<decltype(io)>(p.a, [&](auto* source) {
-      using Source = Pointee<decltype(source)>;
-      p.plan.header->wide ? grad_values_columns<Source, uint32_t>(p, range, workspace)
-                          : grad_values_columns<Source, uint16_t>(p, range, workspace);
-    });
+    with_source<decltype(io)>(
+        p.a, [&](auto* source) { grad_values_columns<Pointee<decltype(source)>>(p, range, workspace); });
   });
 }
 

@@ -27,9 +27,8 @@ const char* check(const Csr& c) {
   return nullptr;
 }
 
-template <class Index>
 void fill_cells(const uint32_t* columns, const PlanHeader& h, const int32_t* row_offsets, uint32_t* cells,
-                Segment* segments, uint32_t* sources, Index* packed) {
+                Segment* segments, uint32_t* sources, uint16_t* packed) {
   uint32_t written = 0, position = 0;
   std::vector<int64_t> cursor(kRowBlock);
   std::vector<Segment> found;
@@ -59,7 +58,7 @@ void fill_cells(const uint32_t* columns, const PlanHeader& h, const int32_t* row
       for (; written < cells[block * h.k_blocks + kb] + found.size(); ++written) {
         Segment& s = segments[written];
         sources[written] = s.start;
-        for (int i = 0; i < s.count; ++i) packed[position + i] = Index(columns[s.start + i]);
+        for (int i = 0; i < s.count; ++i) packed[position + i] = uint16_t(columns[s.start + i] - kb * h.k_block);
         s.start = position;
         position += s.count;
       }
@@ -111,7 +110,7 @@ int64_t plan_capacity(const Csr& c, int64_t k_block, bool transposed) {
   const int64_t width = transposed ? c.rows : c.width * c.groups;
   const int64_t k_blocks = (width + k_block - 1) / k_block, row_blocks = (rows + kRowBlock - 1) / kRowBlock;
   const int64_t segments = std::min(c.nnz, rows * k_blocks);
-  return align64(sizeof(PlanHeader)) + 2 * align64(c.nnz * 4) + align64((rows + 1) * 4) +
+  return align64(sizeof(PlanHeader)) + 2 * align64(c.nnz * 2) + align64((rows + 1) * 4) +
          align64((row_blocks * k_blocks + 1) * 4) + align64(segments * int64_t(sizeof(Segment))) + align64(segments * 4) +
          (transposed ? align64(c.nnz * 4) : 0);
 }
@@ -122,7 +121,7 @@ const char* build_plan(const Csr& c, int64_t k_block, bool transposed, void* blo
   h.magic = kPlanMagic;
   h.rows = transposed ? c.width * c.groups : c.rows;
   h.width = transposed ? c.rows : c.width * c.groups;
-  h.wide = h.width > 65536;
+  h.by_row = h.width <= 65536;
   h.nnz = c.nnz;
   h.source_rows = c.rows;
   h.transposed = transposed;
@@ -132,8 +131,8 @@ const char* build_plan(const Csr& c, int64_t k_block, bool transposed, void* blo
 
   char* base = static_cast<char*>(blob);
   h.columns_at = align64(sizeof(PlanHeader));
-  h.packed_columns_at = h.columns_at + align64(h.nnz * (h.wide ? 4 : 2));
-  h.row_offsets_at = h.packed_columns_at + align64(h.nnz * (h.wide ? 4 : 2));
+  h.packed_columns_at = h.columns_at + (h.by_row ? align64(h.nnz * 2) : 0);
+  h.row_offsets_at = h.packed_columns_at + align64(h.nnz * 2);
   h.order_at = h.row_offsets_at + align64((h.rows + 1) * 4);
   h.cells_at = h.order_at + (transposed ? align64(h.nnz * 4) : 0);
   h.segments_at = h.cells_at + align64((h.row_blocks * h.k_blocks + 1) * 4);
@@ -154,14 +153,9 @@ const char* build_plan(const Csr& c, int64_t k_block, bool transposed, void* blo
   const int64_t most = std::min(h.nnz, h.rows * h.k_blocks);
   h.sources_at = h.segments_at + align64(most * int64_t(sizeof(Segment)));
   auto* sources = reinterpret_cast<uint32_t*>(base + h.sources_at);
-  const auto fill = [&](auto* columns, auto* packed) {
-    std::copy(absolute.begin(), absolute.end(), columns);
-    fill_cells(absolute.data(), h, row_offsets, cells, segments, sources, packed);
-  };
-  if (h.wide)
-    fill(reinterpret_cast<uint32_t*>(base + h.columns_at), reinterpret_cast<uint32_t*>(base + h.packed_columns_at));
-  else
-    fill(reinterpret_cast<uint16_t*>(base + h.columns_at), reinterpret_cast<uint16_t*>(base + h.packed_columns_at));
+  if (h.by_row) std::copy(absolute.begin(), absolute.end(), reinterpret_cast<uint16_t*>(base + h.columns_at));
+  fill_cells(absolute.data(), h, row_offsets, cells, segments, sources,
+             reinterpret_cast<uint16_t*>(base + h.packed_columns_at));
   // Close the gap that fewer segments than possible have left.
   const int64_t count = cells[h.row_blocks * h.k_blocks];
   const int64_t sources_at = h.segments_at + align64(count * int64_t(sizeof(Segment)));
@@ -180,8 +174,8 @@ bool view_plan(const void* blob, int64_t bytes, int64_t rows, int64_t width, int
       h->width != width || h->nnz != nnz || bool(h->transposed) != transposed)
     return false;
   plan->header = h;
-  plan->columns = base + h->columns_at;
-  plan->packed_columns = base + h->packed_columns_at;
+  plan->columns = h->by_row ? reinterpret_cast<const uint16_t*>(base + h->columns_at) : nullptr;
+  plan->packed_columns = reinterpret_cast<const uint16_t*>(base + h->packed_columns_at);
   plan->row_offsets = reinterpret_cast<const int32_t*>(base + h->row_offsets_at);
   plan->cells = reinterpret_cast<const uint32_t*>(base + h->cells_at);
   plan->segments = reinterpret_cast<const Segment*>(base + h->segments_at);

@@ -26,12 +26,12 @@ struct Segment {
 constexpr uint32_t kPlanMagic = 0x31505353;  // "SSP1"
 constexpr int64_t kRowBlock = 256;
 
-// Blob: header, then at the byte offsets it names: columns in row order and in packed order (uint16 or uint32, absolute
-// over groups), row_offsets, cells, segments, where each segment starts in row order, and, in a plan of the transposed
+// Blob: header, then at the byte offsets it names: columns in row order (absolute over groups) and in packed order (from
+// the start of their k block, so 16 bits are always enough), row_offsets, cells, segments, where each segment starts in row order, and, in a plan of the transposed
 // matrix, for each value in its row order where it lies in the CSR that the plan was made from.
 struct PlanHeader {
   uint32_t magic;
-  uint32_t wide;  // columns are 32 bits
+  uint32_t by_row;  // columns in row order are there: they fit 16 bits
   int64_t rows, width, nnz;  // of the matrix the plan walks (the transposed one, if transposed)
   int64_t source_rows;       // of the CSR it was made from
   int64_t k_block, k_blocks, row_blocks;
@@ -41,8 +41,8 @@ struct PlanHeader {
 
 struct Plan {
   const PlanHeader* header;
-  const void* columns;          // [nnz] in row order
-  const void* packed_columns;   // [nnz] in packed order
+  const uint16_t* columns;         // [nnz] in row order, if header->by_row
+  const uint16_t* packed_columns;  // [nnz] in packed order
   const int32_t* row_offsets;   // [rows + 1]
   const uint32_t* cells;        // [row_blocks * k_blocks + 1] into segments
   const Segment* segments;

@@ -35,7 +35,11 @@ def has_kernel(op: str, x: Tensor, dtypes: dict[str, tuple[torch.dtype, ...]] = 
 
 def is_inference(x: Tensor, values: Tensor, bias: Tensor | None) -> bool:
     """Whether nothing records, casts or traces this call, so that it can go straight to the kernel."""
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or torch.is_autocast_enabled(x.device.type):
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.device.type == "meta":
+        return False  # torch refuses to say whether it casts on "meta"
+    if values.device != x.device or (bias is not None and bias.device != x.device):
+        return False  # one tensor on "meta" would make the dispatcher run shapes only
+    if torch.is_autocast_enabled(x.device.type):
         return False
     if not torch.is_grad_enabled():
         return True
