@@ -29,11 +29,17 @@ const Kernels& kernels() {
 Bsr bsr_of(const Tensor& columns, const Tensor& row_offsets, int64_t rows, int64_t width, int64_t r, int64_t c,
            int64_t groups) {
   STD_TORCH_CHECK(r > 0 && c > 0 && r <= 65535 && c <= 65535, "block_size: expected extents from 1 to 65535");
-  STD_TORCH_CHECK(rows >= 0 && rows <= INT32_MAX && width >= 0 && groups > 0 && rows % groups == 0 &&
-                      width <= INT32_MAX / groups,
-                  "groups: expected a divisor of the rows");
-  Bsr bsr{int32_data(columns, "block_columns"), int32_data(row_offsets, "block_row_offsets"), rows, width, r, c,
-          columns.numel(), groups};
+  STD_TORCH_CHECK(
+      rows >= 0 && rows <= INT32_MAX && width >= 0 && groups > 0 && rows % groups == 0 && width <= INT32_MAX / groups,
+      "groups: expected a divisor of the rows");
+  Bsr bsr{int32_data(columns, "block_columns"),
+          int32_data(row_offsets, "block_row_offsets"),
+          rows,
+          width,
+          r,
+          c,
+          columns.numel(),
+          groups};
   STD_TORCH_CHECK(row_offsets.numel() == bsr.block_row_count() + 1, "block_row_offsets: expected ceil(rows / r) + 1");
   return bsr;
 }

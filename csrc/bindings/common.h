@@ -148,7 +148,8 @@ inline const void* compute_values(const Tensor& values, DType dtype, const uint3
   void* out = value_scratch().get(std::max<int64_t>(1, n * compute_size(dtype)));
   const auto at = [order](int64_t i) { return order ? int64_t(order[i]) : i; };
   if (dtype == DType::bf16)
-    for (int64_t i = 0; i < n; ++i) static_cast<float*>(out)[i] = bf16_to_float(static_cast<const uint16_t*>(data)[at(i)]);
+    for (int64_t i = 0; i < n; ++i)
+      static_cast<float*>(out)[i] = bf16_to_float(static_cast<const uint16_t*>(data)[at(i)]);
   else if (dtype == DType::f32)
     for (int64_t i = 0; i < n; ++i) static_cast<float*>(out)[i] = static_cast<const float*>(data)[at(i)];
   else
@@ -169,8 +170,9 @@ inline void finish_gradient(const void* sums, Tensor& grad, DType dtype) {
   for (int64_t i = 0, n = grad.numel(); i < n; ++i) out[i] = float_to_bf16(static_cast<const float*>(sums)[i]);
 }
 
-inline ConvGeometry conv_geometry(const Tensor& x, const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
-                                  const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
+inline ConvGeometry conv_geometry(const Tensor& x, const std::vector<int64_t>& kernel,
+                                  const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                                  const std::vector<int64_t>& dilation) {
   STD_TORCH_CHECK(x.dim() == 4, "x: expected 4 dimensions [N, C, H, W]");
   STD_TORCH_CHECK(kernel.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
                   "kernel, stride, padding, dilation: expected two ints each");
@@ -184,8 +186,8 @@ inline ConvGeometry conv_geometry(const Tensor& x, const std::vector<int64_t>& k
                     "kernel, stride, padding, dilation: expected at most 2**20");
   STD_TORCH_CHECK(kernel[0] * kernel[1] <= INT32_MAX / std::max<int64_t>(1, x.size(1)),
                   "kernel: expected fewer than 2**31 taps over all channels");
-  ConvGeometry g{x.size(0), x.size(1), x.size(2), x.size(3), kernel[0], kernel[1], stride[0], stride[1],
-                 padding[0], padding[1], dilation[0], dilation[1], 0, 0};
+  ConvGeometry g{x.size(0), x.size(1),  x.size(2),  x.size(3),   kernel[0],   kernel[1], stride[0],
+                 stride[1], padding[0], padding[1], dilation[0], dilation[1], 0,         0};
   const int64_t span_h = g.height + 2 * g.pad_h - g.dilation_h * (g.kernel_h - 1) - 1;
   const int64_t span_w = g.width + 2 * g.pad_w - g.dilation_w * (g.kernel_w - 1) - 1;
   STD_TORCH_CHECK(span_h >= 0 && span_w >= 0, "x: the kernel is larger than the padded input");

@@ -18,7 +18,8 @@ Tensor linear_cuda(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, 
   STD_TORCH_CHECK(x.is_cuda() && x.dim() >= 1, "x: expected a CUDA tensor [..., in_features]");
   for (const Tensor* t : {&values, &columns, &row_offsets})
     STD_TORCH_CHECK(t->is_cuda() && t->get_device() == x.get_device(), "weight: expected the device of x");
-  STD_TORCH_CHECK(values.scalar_type() == x.scalar_type() && values.dim() == 3, "values: expected [blocks, r, c] of x's dtype");
+  STD_TORCH_CHECK(values.scalar_type() == x.scalar_type() && values.dim() == 3,
+                  "values: expected [blocks, r, c] of x's dtype");
   STD_TORCH_CHECK(columns.scalar_type() == ScalarType::Int && row_offsets.scalar_type() == ScalarType::Int,
                   "block_columns, block_row_offsets: expected int32");
   cuda::block_sparse::Params p{};
@@ -29,9 +30,9 @@ Tensor linear_cuda(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, 
   p.r = int32_t(values.size(1));
   p.c = int32_t(values.size(2));
   p.relu = relu;
-  STD_TORCH_CHECK(p.r > 0 && p.c > 0 && row_offsets.numel() == (rows + p.r - 1) / p.r + 1 &&
-                      values.size(0) == columns.numel(),
-                  "block_row_offsets, block_columns: sizes do not fit the blocks");
+  STD_TORCH_CHECK(
+      p.r > 0 && p.c > 0 && row_offsets.numel() == (rows + p.r - 1) / p.r + 1 && values.size(0) == columns.numel(),
+      "block_row_offsets, block_columns: sizes do not fit the blocks");
   switch (x.scalar_type()) {
     case ScalarType::Float:
       p.type = cuda::block_sparse::Type::f32;
@@ -51,8 +52,9 @@ Tensor linear_cuda(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, 
   columns = torch::stable::contiguous(columns);
   row_offsets = torch::stable::contiguous(row_offsets);
   if (bias) {
-    STD_TORCH_CHECK(bias->is_cuda() && bias->scalar_type() == x.scalar_type() && bias->dim() == 1 && bias->size(0) == rows,
-                    "bias: expected one entry per output, of x's dtype and device");
+    STD_TORCH_CHECK(
+        bias->is_cuda() && bias->scalar_type() == x.scalar_type() && bias->dim() == 1 && bias->size(0) == rows,
+        "bias: expected one entry per output, of x's dtype and device");
     bias = torch::stable::contiguous(*bias);
   }
   std::vector<int64_t> sizes = sizes_of(x);

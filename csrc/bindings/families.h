@@ -16,8 +16,8 @@ Tensor linear_grad_input(Tensor grad, Tensor values, Tensor columns, Tensor row_
                          int64_t width);
 Tensor linear_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor row_offsets, SLIM_OPT plan);
 Tensor conv2d(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, SLIM_OPT plan, SLIM_OPT backward_plan,
-              SLIM_OPT packed_values, SLIM_OPT bias, SLIM_INTS kernel, SLIM_INTS stride, SLIM_INTS padding, SLIM_INTS dilation, int64_t groups,
-              bool relu);
+              SLIM_OPT packed_values, SLIM_OPT bias, SLIM_INTS kernel, SLIM_INTS stride, SLIM_INTS padding,
+              SLIM_INTS dilation, int64_t groups, bool relu);
 Tensor conv2d_grad_columns(Tensor grad, Tensor values, Tensor columns, Tensor row_offsets, SLIM_OPT backward_plan,
                            int64_t width, int64_t groups);
 Tensor conv2d_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor row_offsets, SLIM_OPT plan, SLIM_INTS kernel,

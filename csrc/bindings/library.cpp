@@ -13,10 +13,12 @@
 STABLE_TORCH_LIBRARY(slimtorch, m) {
   m.def("sparse_plan(Tensor columns, Tensor row_offsets, int width, int groups, int taps, bool transposed) -> Tensor");
   m.def("sparse_pack_values(Tensor values, Tensor plan) -> Tensor");
-  SLIM_DEF("sparse_linear", "(Tensor x, " WEIGHT ", " PLANS ", Tensor? packed_values, Tensor? bias, bool relu) -> Tensor");
+  SLIM_DEF("sparse_linear",
+           "(Tensor x, " WEIGHT ", " PLANS ", Tensor? packed_values, Tensor? bias, bool relu) -> Tensor");
   m.def("sparse_linear_grad_input(Tensor grad, " WEIGHT ", Tensor? backward_plan, int width) -> Tensor");
   m.def("sparse_linear_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor row_offsets, Tensor? plan) -> Tensor");
-  SLIM_DEF("sparse_conv2d", "(Tensor x, " WEIGHT ", " PLANS ", Tensor? packed_values, Tensor? bias, " GEOMETRY ", bool relu) -> Tensor");
+  SLIM_DEF("sparse_conv2d",
+           "(Tensor x, " WEIGHT ", " PLANS ", Tensor? packed_values, Tensor? bias, " GEOMETRY ", bool relu) -> Tensor");
   m.def("sparse_conv2d_grad_columns(Tensor grad, " WEIGHT ", Tensor? backward_plan, int width, int groups) -> Tensor");
   m.def("sparse_conv2d_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor row_offsets, Tensor? plan, " GEOMETRY
         ") -> Tensor");
@@ -27,8 +29,8 @@ STABLE_TORCH_LIBRARY(slimtorch, m) {
   m.def("block_sparse_linear_grad_input(Tensor grad, " WEIGHT ", Tensor? backward_plan, int width) -> Tensor");
   m.def("block_sparse_linear_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor row_offsets, Tensor? plan, "
         "int[] block_size) -> Tensor");
-  SLIM_DEF("block_sparse_conv2d", "(Tensor x, " WEIGHT ", " PLANS ", Tensor? bias, int rows, " GEOMETRY
-        ", bool relu) -> Tensor");
+  SLIM_DEF("block_sparse_conv2d",
+           "(Tensor x, " WEIGHT ", " PLANS ", Tensor? bias, int rows, " GEOMETRY ", bool relu) -> Tensor");
   m.def("block_sparse_conv2d_grad_columns(Tensor grad, " WEIGHT ", Tensor? backward_plan, int width, int groups) "
         "-> Tensor");
   m.def("block_sparse_conv2d_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor row_offsets, Tensor? plan, "
@@ -55,7 +57,5 @@ STABLE_TORCH_LIBRARY_IMPL(slimtorch, CPU, m) {
 }
 
 #ifdef SLIM_CUDA
-STABLE_TORCH_LIBRARY_IMPL(slimtorch, CUDA, m) {
-  SLIM_IMPL("block_sparse_linear", slim::block_sparse::linear_cuda);
-}
+STABLE_TORCH_LIBRARY_IMPL(slimtorch, CUDA, m) { SLIM_IMPL("block_sparse_linear", slim::block_sparse::linear_cuda); }
 #endif

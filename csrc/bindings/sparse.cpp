@@ -27,8 +27,12 @@ const Kernels& kernels() {
 }
 
 Csr csr_of(const Tensor& columns, const Tensor& row_offsets, int64_t width, int64_t groups) {
-  Csr csr{int32_data(columns, "columns"), int32_data(row_offsets, "row_offsets"), row_offsets.numel() - 1, width,
-          columns.numel(), groups};
+  Csr csr{int32_data(columns, "columns"),
+          int32_data(row_offsets, "row_offsets"),
+          row_offsets.numel() - 1,
+          width,
+          columns.numel(),
+          groups};
   STD_TORCH_CHECK(csr.rows >= 0, "row_offsets: expected at least one entry");
   STD_TORCH_CHECK(width >= 0 && groups > 0 && csr.rows % groups == 0 && width <= INT32_MAX / groups,
                   "groups: expected a divisor of the rows");
@@ -82,7 +86,8 @@ bool probe_as(const Plan& plan, const void* values, const void* packed, Convert 
   for (int64_t p = 0; p < probes; ++p) {
     const int64_t i = count * p / probes;
     const Packed expected = convert(static_cast<const Value*>(values)[plan.sources[i]]);
-    if (std::memcmp(static_cast<const Packed*>(packed) + plan.segments[i].start, &expected, sizeof(Packed))) return false;
+    if (std::memcmp(static_cast<const Packed*>(packed) + plan.segments[i].start, &expected, sizeof(Packed)))
+      return false;
   }
   return true;
 }
@@ -155,8 +160,8 @@ Tensor pack_values(Tensor values, Tensor plan) {
                   "plan: made for a matrix of other sizes");
   const DType dtype = dtype_of(values, "values");
   values = as_contiguous(values);
-  Tensor out = torch::stable::new_empty(values, {values.numel()},
-                                        dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
+  Tensor out =
+      torch::stable::new_empty(values, {values.numel()}, dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
   pack_values(view, compute_values(values, dtype, nullptr), compute_size(dtype), out.mutable_data_ptr());
   value_scratch().trim();
   return out;
@@ -218,9 +223,9 @@ Tensor linear_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor row_offs
 }
 
 Tensor conv2d(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, std::optional<Tensor> plan,
-              std::optional<Tensor>, std::optional<Tensor> packed_values, std::optional<Tensor> bias, std::vector<int64_t> kernel,
-              std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
-              bool relu) {
+              std::optional<Tensor>, std::optional<Tensor> packed_values, std::optional<Tensor> bias,
+              std::vector<int64_t> kernel, std::vector<int64_t> stride, std::vector<int64_t> padding,
+              std::vector<int64_t> dilation, int64_t groups, bool relu) {
   STD_TORCH_CHECK(x.is_cpu(), "x: expected a CPU tensor");
   Params p{};
   p.a = conv_activations(x, conv_geometry(x, kernel, stride, padding, dilation), row_offsets.numel() - 1);

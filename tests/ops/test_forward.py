@@ -256,7 +256,7 @@ def test_nan_in_an_image(kernel: int, form: Format, dtype: torch.dtype) -> None:
     x[0, 1, 4, 4], x[1, 7, 0, 10] = math.nan, math.inf
     special = ~x.isfinite()
     reached = product(special.double(), pattern(weight), **options) > 0
-    assert 0 < int(reached.sum()) < reached.numel()
+    assert not bool(reached.all())
     y = apply(x, weight, bias, **options)
     assert torch.equal(~y.isfinite(), reached)
     clean = apply(torch.where(special, 0, x), weight, bias, **options)

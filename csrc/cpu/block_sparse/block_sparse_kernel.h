@@ -62,9 +62,7 @@ SLIM_INLINE void multiply(const Params& p, const Strip& strip, int row, const En
 }
 
 // Vectors that R rows can hold: R * NV accumulators, NV activations and a weight in the register file.
-constexpr int max_vectors(int rows) {
-  return SLIM_VECTOR_BYTES == 64 ? 4 : rows == 1 ? 8 : rows == 2 ? 4 : 3;
-}
+constexpr int max_vectors(int rows) { return SLIM_VECTOR_BYTES == 64 ? 4 : rows == 1 ? 8 : rows == 2 ? 4 : 3; }
 
 // R rows of a strip over all vectors of the tile, in nearly equal parts.
 template <class T, bool kTable, int R>
@@ -143,7 +141,9 @@ template <class Source>
 struct Workspace {
   using T = typename Source::T;
   static int64_t table_bytes(const Params& p) { return Source::kTable ? align64(p.plan.header->k_block * 4) : 0; }
-  static int64_t lowered_bytes(const Params& p) { return align64(Source::lowered_bytes(p.a, p.plan.header->k_block) + 64); }
+  static int64_t lowered_bytes(const Params& p) {
+    return align64(Source::lowered_bytes(p.a, p.plan.header->k_block) + 64);
+  }
   static int64_t bytes(const Params& p) {
     // A step ends at the end of a strip, so it may be longer than rows_at_once by a strip.
     const int64_t strip = max_of(p.plan.header->block_rows, p.plan.header->block_cols);
@@ -208,7 +208,8 @@ void forward_columns(const Params& p, int64_t task, void* workspace) {
     }
     for (int64_t kb = 0; kb < h.k_blocks; ++kb) {
       bool any = false;
-      for (int64_t s = strip0; s < strip1; ++s) any |= p.plan.cells[s * h.k_blocks + kb + 1] > p.plan.cells[s * h.k_blocks + kb];
+      for (int64_t s = strip0; s < strip1; ++s)
+        any |= p.plan.cells[s * h.k_blocks + kb + 1] > p.plan.cells[s * h.k_blocks + kb];
       if (!any) continue;
       const int64_t k0 = kb * h.k_block;
       const Lowered<T> x = source.lower(k0, min_of(h.width, k0 + h.k_block), lowered, table);
@@ -229,8 +230,7 @@ void forward_columns(const Params& p, int64_t task, void* workspace) {
 
 // R rows of a strip times M rows of x, along k: vectors of N elements, then what is left over.
 template <class T, int N, int R, int M>
-void dot_rows(const Params& p, const Strip& strip, int row, const Entry* e, const Entry* end, const T* x,
-                          T* y) {
+void dot_rows(const Params& p, const Strip& strip, int row, const Entry* e, const Entry* end, const T* x, T* y) {
   using V = Vec<T, N>;
   const auto& h = *p.plan.header;
   V sum[R][M];
@@ -320,7 +320,8 @@ void dot_range_columns(const Params& p, int64_t range, void* workspace) {
 }
 
 SLIM_INLINE bool uses_dot(const Params& p) {
-  return !p.a.conv && !p.plan.header->transposed && p.a.m >= 1 && p.a.m <= kDotColumns && p.plan.header->block_cols >= 4;
+  return !p.a.conv && !p.plan.header->transposed && p.a.m >= 1 && p.a.m <= kDotColumns &&
+         p.plan.header->block_cols >= 4;
 }
 
 // grad_values(block)[i][j] = sum over columns of grad[row i] * x[k j], over all column groups in order.

@@ -53,11 +53,12 @@ const char* build_plan(const Bsr& b, int64_t taps, bool transposed, void* blob_v
   h.k_step = transposed ? b.c : 1;
 
   // Strips of four rows and more read each activation once per four rows, so a k block may be as large as the second
-  // level allows; thinner ones live from the first level, like unstructured weights.
+  // level allows. Thinner strips depend on faster levels, but read a block's activations in order: 256 was 5 to 23 %
+  // faster than 128 with blocks of 1 x 16.
   const int64_t strip_rows = transposed ? b.c : b.r, depth = transposed ? b.r : b.c;
   // A lowered tap of a convolution brings its whole group of tiles along, so there the blocks stay smaller.
   const bool lowered = taps > 1 && !transposed;
-  const int64_t target = lowered ? 288 : strip_rows >= 8 ? 768 : strip_rows >= 4 ? 512 : 128;
+  const int64_t target = lowered ? 288 : strip_rows >= 8 ? 768 : strip_rows >= 4 ? 512 : 256;
   const int64_t k_blocks = std::max<int64_t>(1, (h.width + target - 1) / target);
   h.k_block = std::max<int64_t>(1, ((h.width + k_blocks - 1) / k_blocks + depth - 1) / depth * depth);
   h.k_blocks = (h.width + h.k_block - 1) / h.k_block;

@@ -26,7 +26,7 @@ constexpr uint32_t kPlanMagic = 0x31505342;  // "BSP1"
 struct PlanHeader {
   uint32_t magic;
   int32_t transposed;
-  int64_t rows, width, blocks;  // of the matrix the plan walks
+  int64_t rows, width, blocks;                       // of the matrix the plan walks
   int64_t block_rows, block_cols, row_step, k_step;  // of the stored blocks
   int64_t k_block, k_blocks, strips;
   int64_t strips_at, cells_at, entries_at, bytes;

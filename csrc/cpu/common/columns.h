@@ -218,8 +218,7 @@ struct PixelColumns {
     for (int64_t n = 0; n < rows; ++n, y += plane(), out += Simd<T>::kPanel) {
       for (int i = 0; i < Simd<T>::kPanel; ++i) out[i] = 0;
       for (int p = 0; p < count; ++p)
-        for (int32_t i = 0; i < pieces[p].count; ++i)
-          out[pieces[p].lane + i] = to_compute(y[pieces[p].offset + i]);
+        for (int32_t i = 0; i < pieces[p].count; ++i) out[pieces[p].lane + i] = to_compute(y[pieces[p].offset + i]);
     }
   }
 };
@@ -239,8 +238,8 @@ struct DirectColumns : PixelColumns<IO> {
 
   static bool fits(const Activations& a) {
     const ConvGeometry& g = a.geometry;
-    return g.kernel_h == 1 && g.kernel_w == 1 && g.stride_h == 1 && g.stride_w == 1 &&
-           g.pad_h == 0 && g.pad_w == 0 && g.height * g.width >= Simd<T>::kPanel;
+    return g.kernel_h == 1 && g.kernel_w == 1 && g.stride_h == 1 && g.stride_w == 1 && g.pad_h == 0 && g.pad_w == 0 &&
+           g.height * g.width >= Simd<T>::kPanel;
   }
   static int64_t groups_per_image(const Activations& a) {
     return ceil_div(ceil_div(a.geometry.out_h * a.geometry.out_w, kLanes), kGroupVectors);
@@ -389,7 +388,8 @@ struct ConvColumns : PixelColumns<IO> {
     for (int64_t c = c0; c < c1; ++c)
       for (int64_t r = 0, phase = 0; r < g.kernel_h; ++r) {
         if (!new_phase(g, r)) continue;
-        lower_planes(c, r * g.dilation_h % g.stride_h, line, out + ((c - c0) * planes + phase * g.kernel_w) * plane_size);
+        lower_planes(c, r * g.dilation_h % g.stride_h, line,
+                     out + ((c - c0) * planes + phase * g.kernel_w) * plane_size);
         ++phase;
       }
     int64_t k = c0 * l.taps;

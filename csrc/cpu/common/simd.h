@@ -75,7 +75,7 @@ SLIM_INLINE void from_compute(double x, double* out) { *out = x; }
 SLIM_INLINE void from_compute(float x, bf16* out) {
   uint32_t bits;
   __builtin_memcpy(&bits, &x, 4);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;  // nearest, ties to even
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;                      // nearest, ties to even
   out->bits = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40 : rounded);  // NaN stays NaN
 }
 

@@ -173,7 +173,9 @@ template <class Source>
 struct Workspace {
   using T = typename Source::T;
   static int64_t table_bytes(const Params& p) { return Source::kTable ? align64(p.plan.header->k_block * 4) : 0; }
-  static int64_t lowered_bytes(const Params& p) { return align64(Source::lowered_bytes(p.a, p.plan.header->k_block) + 64); }
+  static int64_t lowered_bytes(const Params& p) {
+    return align64(Source::lowered_bytes(p.a, p.plan.header->k_block) + 64);
+  }
   static int64_t acc_bytes(const Params& p) {
     const int64_t rows = min_of((p.plan.header->rows + sparse::kRowBlock) * int64_t(kMaxTiles),
                                 262144 / (Simd<T>::kPanel * int64_t(sizeof(T))) + kMaxTiles * sparse::kRowBlock);
@@ -226,9 +228,9 @@ void forward_columns(const Params& p, int64_t task, void* workspace) {
         const char* base = x.base + source.tiles[tile].column * int64_t(sizeof(T));
         for (int64_t b = block0; b < block1; ++b) {
           const uint32_t* cell = p.plan.cells + b * h.k_blocks + kb;
-          run_tile<T, Source::kTable>(
-              source.tiles[tile].vectors, values, columns, p.plan.segments + cell[0], p.plan.segments + cell[1],
-              x, base, acc + (tile * rows + (b - block0) * sparse::kRowBlock) * P);
+          run_tile<T, Source::kTable>(source.tiles[tile].vectors, values, columns, p.plan.segments + cell[0],
+                                      p.plan.segments + cell[1], x, base,
+                                      acc + (tile * rows + (b - block0) * sparse::kRowBlock) * P);
         }
       }
     }
@@ -292,8 +294,8 @@ void forward_dot(const Params& p, int64_t range, void*) {
 
 // Sampled dense-dense: grad_values[i] = sum over columns of grad[row i] * x[column i], over all groups in order.
 template <class T, bool kTable, int kVectors>
-void dot_segments(const uint16_t* columns, const Segment* s, const Segment* end, const uint32_t* source, const Lowered<T>& x, const char* base,
-                  const T* grad, T* grad_values) {
+void dot_segments(const uint16_t* columns, const Segment* s, const Segment* end, const uint32_t* source,
+                  const Lowered<T>& x, const char* base, const T* grad, T* grad_values) {
   using V = typename Simd<T>::V;
   constexpr int L = Simd<T>::kLanes;
   for (; s < end; ++s, ++source) {
@@ -330,8 +332,7 @@ void grad_values_columns(const Params& p, int64_t range, void* workspace) {
     for (int64_t block0 = first; block0 < last; block0 += step) {
       const int64_t block1 = min_of(last, block0 + step);
       const int64_t row0 = block0 * sparse::kRowBlock, rows = min_of(h.rows, block1 * sparse::kRowBlock) - row0;
-      for (int tile = 0; tile < source.tile_count; ++tile)
-        source.read_output(tile, row0, rows, grad + tile * rows * P);
+      for (int tile = 0; tile < source.tile_count; ++tile) source.read_output(tile, row0, rows, grad + tile * rows * P);
       for (int64_t kb = 0; kb < h.k_blocks; ++kb) {
         const int64_t k0 = kb * h.k_block;
         const Lowered<T> x = source.lower(k0, min_of(h.width, k0 + h.k_block), lowered, table);
@@ -387,8 +388,8 @@ int64_t workspace_bytes(const Params& p) {
   if (p.dot) return 0;
   return with_dtype(p.a.dtype, [&](auto io) {
     using T = typename ComputeOf<decltype(io)>::type;
-    const int64_t columns = with_source<decltype(io)>(
-        p.a, [&](auto* source) { return Workspace<Pointee<decltype(source)>>::bytes(p); });
+    const int64_t columns =
+        with_source<decltype(io)>(p.a, [&](auto* source) { return Workspace<Pointee<decltype(source)>>::bytes(p); });
     if (p.a.conv || !few_columns<T>(p)) return columns;
     const int64_t rows = (sparse::kRowBlock + p.plan.header->width) * Simd<T>::kPanel * int64_t(sizeof(T));
     return max_of(columns, rows);

@@ -111,8 +111,8 @@ int64_t plan_capacity(const Csr& c, int64_t k_block, bool transposed) {
   const int64_t k_blocks = (width + k_block - 1) / k_block, row_blocks = (rows + kRowBlock - 1) / kRowBlock;
   const int64_t segments = std::min(c.nnz, rows * k_blocks);
   return align64(sizeof(PlanHeader)) + 2 * align64(c.nnz * 2) + align64((rows + 1) * 4) +
-         align64((row_blocks * k_blocks + 1) * 4) + align64(segments * int64_t(sizeof(Segment))) + align64(segments * 4) +
-         (transposed ? align64(c.nnz * 4) : 0);
+         align64((row_blocks * k_blocks + 1) * 4) + align64(segments * int64_t(sizeof(Segment))) +
+         align64(segments * 4) + (transposed ? align64(c.nnz * 4) : 0);
 }
 
 const char* build_plan(const Csr& c, int64_t k_block, bool transposed, void* blob, int64_t* bytes) {

@@ -31,7 +31,7 @@ constexpr int64_t kRowBlock = 256;
 // matrix, for each value in its row order where it lies in the CSR that the plan was made from.
 struct PlanHeader {
   uint32_t magic;
-  uint32_t by_row;  // columns in row order are there: they fit 16 bits
+  uint32_t by_row;           // columns in row order are there: they fit 16 bits
   int64_t rows, width, nnz;  // of the matrix the plan walks (the transposed one, if transposed)
   int64_t source_rows;       // of the CSR it was made from
   int64_t k_block, k_blocks, row_blocks;
@@ -43,11 +43,11 @@ struct Plan {
   const PlanHeader* header;
   const uint16_t* columns;         // [nnz] in row order, if header->by_row
   const uint16_t* packed_columns;  // [nnz] in packed order
-  const int32_t* row_offsets;   // [rows + 1]
-  const uint32_t* cells;        // [row_blocks * k_blocks + 1] into segments
+  const int32_t* row_offsets;      // [rows + 1]
+  const uint32_t* cells;           // [row_blocks * k_blocks + 1] into segments
   const Segment* segments;
-  const uint32_t* sources;      // of each segment: where it starts in row order
-  const uint32_t* order;        // [nnz] or null
+  const uint32_t* sources;  // of each segment: where it starts in row order
+  const uint32_t* order;    // [nnz] or null
 };
 
 // CSR [rows, width] per group; row r belongs to group r / (rows / groups), whose columns start at group * width.
