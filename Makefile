@@ -44,7 +44,7 @@ $(TOOLS): | $(BIN)/python
 # AVX-512 kernels are built a second time in a form that any AVX2 machine can run, so that tests reach them everywhere.
 $(BUILT): $(TOOLS) $(BUILD_FILES)
 	@command -v nvcc > /dev/null || echo "no nvcc found: building for the CPU only"
-	@echo "building slimtorch"
+	@echo "building slimtorch (some minutes)"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation -Cbuild-dir=build/editable \
 	  -Ccmake.define.SLIM_EMULATED_AVX512=ON -e '.[test,experiments,lint]'
 	@touch $@

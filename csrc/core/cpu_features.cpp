@@ -13,8 +13,9 @@ namespace {
 #define SLIM_AVX2_FEATURES(X) X("avx2") X("fma") X("f16c") X("bmi2")
 #define SLIM_AVX512_FEATURES(X) \
   X("avx512f") \
-  X("avx512bw") X("avx512cd") X("avx512dq") X("avx512vl") X("avx512vnni") X("avx512vbmi") X("avx512vbmi2") \
-      X("avx512vpopcntdq") X("avx512bf16")
+  X("avx512bw") \
+  X("avx512cd") \
+  X("avx512dq") X("avx512vl") X("avx512vnni") X("avx512vbmi") X("avx512vbmi2") X("avx512vpopcntdq") X("avx512bf16")
 #define SLIM_MISSING(name) \
   if (!__builtin_cpu_supports(name)) missing += missing.empty() ? name : ", " name;
 #define SLIM_FEATURE(name) features.emplace_back(name, __builtin_cpu_supports(name) != 0);

@@ -11,9 +11,9 @@ struct Params {
   Activations a;
   Plan plan;
   const void* values;  // [nnz], in row order if `by_row`, else packed; of a.dtype if `dot`, else of the type of sums
-  void* grad_values;  // [nnz] of the type sums are kept in, in row order, zeroed (grad_values only)
-  bool dot;           // one column: read the activations where they are
-  int64_t ranges;     // the rows are cut into this many ranges of about equal work; tasks = ranges * groups
+  void* grad_values;   // [nnz] of the type sums are kept in, in row order, zeroed (grad_values only)
+  bool dot;            // one column: read the activations where they are
+  int64_t ranges;      // the rows are cut into this many ranges of about equal work; tasks = ranges * groups
 };
 
 // One entry per instruction set. Tasks are independent and may run on any thread, each with a workspace of its own.
