@@ -32,7 +32,7 @@ from tests.problems import ConvProblem, LinearProblem, Problem
 
 ROOT = Path(__file__).resolve().parents[2]
 ISAS = [name for name, missing in _C.isas().items() if not missing]
-FORMATS = (SPARSE, Format((1, 4)), Format((4, 16)), Format((8, 8)), Format((16, 16)), Format((3, 5)), Format((64, 64)))
+FORMATS = (SPARSE, Format((1, 4)), Format((3, 5)), Format((16, 16)), Format((64, 64)))
 PROBLEMS: tuple[Problem, ...] = (
     # One kernel each: a dot product, few rows of x, one panel, several panels and k blocks, many rows.
     *(LinearProblem(f"linear_m{m}", m, 70, 331, 0.2, seed=m) for m in (1, 2, 4, 7, 20, 64, 131)),
@@ -56,7 +56,8 @@ def run_all(check: bool) -> dict[str, Tensor]:
                 options = geometry(problem)
                 if check:
                     y = check_forward(x, weight, bias, **options)
-                    check_gradients(x, weight, bias, relu=True, **options)
+                    if len(outputs) % 2 == 0:  # every other one: each format and dtype meets each kernel's backward
+                        check_gradients(x, weight, bias, relu=True, **options)
                     assert torch.equal(apply(x, weight, bias, relu=True, **options), y.relu())
                 else:
                     y = apply(x, weight, bias, **options)

@@ -126,7 +126,7 @@ def check_conv2d(
 
 
 def fold_dtype(dtype: torch.dtype, kernel: Pair) -> torch.dtype:
-    """What ``fold_columns`` is given: it sums the taps of a pixel in that dtype, so float32 or wider if there are any."""
+    """The dtype for ``fold_columns``, which sums the taps of a pixel in it: float32 or wider if there are any."""
     return torch.float32 if dtype == torch.bfloat16 and kernel != (1, 1) else dtype
 
 

@@ -44,8 +44,9 @@ def block_sparse_linear(
     if common.is_inference(x, weight.values, bias) and len(weight.shape) == 2:
         try:
             return _ops.block_sparse_linear_inference(
-                x, weight.values, weight.block_columns, weight.block_row_offsets, weight.plan(), None, bias, weight.shape[0], relu
-            )
+                x, weight.values, weight.block_columns, weight.block_row_offsets, weight.plan(), None, bias,
+                weight.shape[0], relu,
+            )  # fmt: skip
         except RuntimeError:
             pass  # what is wrong is said below, or a dtype or device without a kernel served
     x, values, bias = common.autocast(x, weight.values, bias)

@@ -161,7 +161,8 @@ def _(grad: Tensor, x: Tensor, columns: Tensor, row_offsets: Tensor, plan: Tenso
 @torch.library.register_fake("slimtorch::sparse_conv2d")
 def _(
     x: Tensor, values: Tensor, columns: Tensor, row_offsets: Tensor, plan: Tensor | None,
-    backward_plan: Tensor | None, packed_values: Tensor | None, bias: Tensor | None, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair,
+    backward_plan: Tensor | None, packed_values: Tensor | None, bias: Tensor | None, kernel: Pair, stride: Pair,
+    padding: Pair, dilation: Pair,
     groups: int, relu: bool,
 ) -> Tensor:  # fmt: skip
     size = common.conv_output_size((x.shape[2], x.shape[3]), kernel, stride, padding, dilation)

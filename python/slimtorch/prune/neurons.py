@@ -393,7 +393,7 @@ class _Input(nn.Module):
         return x.detach().clone().requires_grad_(True).clone()
 
 
-class _InputPruner(tp.pruner.function.BasePruningFunc):  # type: ignore[misc]
+class _InputPruner(tp.pruner.function.BasePruningFunc):
     """Tells the graph how many channels an input has; it is never cut."""
 
     def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
