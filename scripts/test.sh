@@ -1,20 +1,38 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # All tests with the instruction set that this CPU prefers, and before them the tests of operators and layers with every
-# other one that it can run. With SLIMTORCH_CPU set: all tests, with that one alone.
+# other one that it can run, side by side, since tests use one thread. The last line is that of the full run, or of the
+# first one that failed. With SLIMTORCH_CPU set: all tests, with that one alone.
 # Usage: scripts/test.sh PYTHON
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$1
 
+chosen=$("$python" -c 'from slimtorch import _C; print(_C.isa())')
 if [[ -z ${SLIMTORCH_CPU:-} ]]; then
     others=$("$python" -c '
 from slimtorch import _C
 print(*(name for name, missing in _C.isas().items() if not missing and name != _C.isa()))')
+    logs=$(mktemp -d)
+    declare -A running
+    stop() {
+        for pid in "${running[@]}"; do kill "$pid" 2>/dev/null || true; done
+        rm -rf "$logs"
+    }
+    trap stop EXIT
     for isa in $others; do
+        echo "kernels: $isa (tests of operators and layers; output follows at the end)"
+        SLIMTORCH_CPU=$isa "$python" -m pytest -q -p no:cacheprovider tests/ops tests/nn >"$logs/$isa" 2>&1 &
+        running[$isa]=$!
+    done
+    for isa in $others; do
+        status=0
+        wait "${running[$isa]}" || status=$?
         echo "kernels: $isa"
-        SLIMTORCH_CPU=$isa "$python" -m pytest -q tests/ops tests/nn
+        cat "$logs/$isa"
+        [[ $status == 0 ]] || exit "$status"
+        unset "running[$isa]"
     done
 fi
-echo "kernels: $("$python" -c 'from slimtorch import _C; print(_C.isa())')"
+echo "kernels: $chosen (all tests)"
 "$python" -m pytest

@@ -46,21 +46,18 @@ PROBLEMS: tuple[Problem, ...] = (
 )
 
 
-def run_all(check: bool) -> dict[str, Tensor]:
-    """Outputs by name of the case; with `check`, forward and backward are also compared with the reference."""
-    outputs = {}
+def run_all() -> dict[str, Tensor]:
+    """Outputs by name of the case, forward and backward compared with the reference."""
+    outputs: dict[str, Tensor] = {}
     for problem in PROBLEMS:
         for form in FORMATS:
             for dtype in DTYPES:
                 x, weight, bias = tensors(problem, form, dtype)
                 options = geometry(problem)
-                if check:
-                    y = check_forward(x, weight, bias, **options)
-                    if len(outputs) % 2 == 0:  # every other one: each format and dtype meets each kernel's backward
-                        check_gradients(x, weight, bias, relu=True, **options)
-                    assert torch.equal(apply(x, weight, bias, relu=True, **options), y.relu())
-                else:
-                    y = apply(x, weight, bias, **options)
+                y = check_forward(x, weight, bias, **options)
+                assert torch.equal(apply(x, weight, bias, relu=True, **options), y.relu())
+                if len(outputs) % 2 == 0:  # every other one: each format and dtype meets each kernel's backward
+                    check_gradients(x, weight, bias, relu=True, **options)
                 outputs[f"{problem} {form} {dtype}"] = y
     return outputs
 
@@ -83,7 +80,7 @@ _CHILD = """
 import sys, torch
 from slimtorch import _C
 from tests.ops.test_isa import run_all
-torch.save({"isa": _C.isa(), "outputs": run_all(check=True)}, sys.argv[1])
+torch.save({"isa": _C.isa(), "outputs": run_all()}, sys.argv[1])
 """
 
 

@@ -129,7 +129,8 @@ class Sparse:
 
         It hangs on the plan, with which it lives and dies, and is made anew when the values have changed. None where
         torch cannot tell that: while a graph is being traced, and for values made in inference mode. The kernel then
-        orders them at every call.
+        orders them at every call. Edits through ``values.data`` are not counted by torch; the kernel compares 32 values
+        of the copy at every call, which finds changes of whole weights, but not of a single value.
         """
         plan = self.plan(groups)
         values = self.values
