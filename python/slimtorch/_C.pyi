@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 version: str
 
 def cpu_features() -> dict[str, bool]: ...
