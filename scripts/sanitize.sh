@@ -63,6 +63,6 @@ if [ $# -eq 0 ]; then
 fi
 for isa in $isas; do
   echo "sanitize: SLIMTORCH_CPU=$isa"
-  SLIMTORCH_CPU="$isa" sanitized "$python" -m pytest -q -x -p no:cacheprovider "$@"
+  SLIMTORCH_CPU="$isa" sanitized "$python" -m pytest -q -x --capture=sys -p no:cacheprovider "$@"
 done
 echo "sanitize: no report with $(echo $isas)"

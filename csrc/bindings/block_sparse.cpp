@@ -205,10 +205,11 @@ Tensor conv2d_grad_columns(Tensor grad, Tensor values, Tensor columns, Tensor ro
                            std::optional<Tensor> backward_plan, int64_t width, int64_t groups) {
   STD_TORCH_CHECK(grad.is_cpu(), "grad: expected a CPU tensor");
   Params p{};
-  p.a = conv_activations(grad, pointwise_geometry(grad), width * groups);
+  p.a = conv_activations(grad, pointwise_geometry(grad), 0);
   const ConvGeometry& g = p.a.geometry;
   check_values(values, grad, columns);
   const Bsr bsr = bsr_of(columns, row_offsets, g.channels, width, values.size(1), values.size(2), groups);
+  p.a.n = width * groups;  // only now known not to overflow
   const PlanHolder holder(backward_plan, bsr, 1, true);
   grad = as_contiguous(grad);
   values = as_contiguous(values);

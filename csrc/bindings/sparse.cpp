@@ -252,9 +252,10 @@ Tensor conv2d_grad_columns(Tensor grad, Tensor values, Tensor columns, Tensor ro
                            std::optional<Tensor> backward_plan, int64_t width, int64_t groups) {
   STD_TORCH_CHECK(grad.is_cpu(), "grad: expected a CPU tensor");
   Params p{};
-  p.a = conv_activations(grad, pointwise_geometry(grad), width * groups);
+  p.a = conv_activations(grad, pointwise_geometry(grad), 0);
   const ConvGeometry& g = p.a.geometry;
   const Csr csr = csr_of(columns, row_offsets, width, groups);
+  p.a.n = width * groups;  // only now known not to overflow
   STD_TORCH_CHECK(g.channels == csr.rows, "grad: expected shape [N, out_channels, H, W]");
   check_values(values, grad, csr.nnz);
   const PlanHolder holder(backward_plan, csr, 1, true);

@@ -74,7 +74,7 @@ class Network:
 # Learning rate, epochs and block sizes were chosen on the validation part. As matrices, conv1 of LeNet-5 is [20, 25]
 # and conv2 [50, 500]: (4, 5) is four filters by one row of the 5x5 kernel, (10, 25) ten filters by one whole kernel.
 NETWORKS = {
-    "lenet300": Network(LeNet300, (300, 100), ("fc1", "fc2"), "fc3", {}, batch_size=32, dense_epochs=6, tune_epochs=3),
+    "lenet300": Network(LeNet300, (300, 100), ("fc1", "fc2"), "fc3", {}, batch_size=32, dense_epochs=6, tune_epochs=2),
     "lenet5": Network(
         LeNet5,
         (20, 50, 500),
@@ -83,7 +83,7 @@ NETWORKS = {
         {"conv1": (4, 5), "conv2": (10, 25)},
         batch_size=24,
         dense_epochs=4,
-        tune_epochs=1.25,
+        tune_epochs=1,
     ),
 }
 TITLES = {"lenet300": "LeNet-300-100", "lenet5": "LeNet-5"}
