@@ -8,6 +8,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$1
 
+# Processes side by side must not spin for each other's threads; tests that want more threads than one ask for them.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+
 chosen=$("$python" -c 'from slimtorch import _C; print(_C.isa())')
 if [[ -z ${SLIMTORCH_CPU:-} ]]; then
     others=$("$python" -c '
