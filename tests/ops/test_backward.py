@@ -16,7 +16,6 @@ from torch import Tensor
 from tests.ops.operators import (
     BLOCKS,
     DTYPES,
-    FEW_FORMATS,
     FORMATS,
     SPARSE,
     Format,
@@ -27,11 +26,8 @@ from tests.ops.operators import (
     tensors,
     with_values,
 )
-from tests.ops.test_forward import convolutions, densities, formats
+from tests.ops.test_forward import convolutions, densities, each_dtype, each_few, formats
 from tests.problems import EDGE_CONV, EDGE_LINEAR, ConvProblem, LinearProblem, Problem, masked_matrix
-
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-each_few = pytest.mark.parametrize("form", FEW_FORMATS, ids=str)
 
 
 def output_gradient(problem: Problem, dtype: torch.dtype) -> Tensor:
