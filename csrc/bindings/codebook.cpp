@@ -37,22 +37,17 @@ Weight weight_of(const Tensor* codebook, const Tensor& codes, DType dtype, int64
   STD_TORCH_CHECK(codes.is_cpu() && codes.scalar_type() == ScalarType::Byte && codes.dim() == 1 &&
                       codes.is_contiguous() && codes.numel() == (rows * width * bits + 7) / 8,
                   "codes: expected contiguous bytes on the CPU, ceil(rows * width * bits / 8)");
-  const int64_t tables = group_size == kOneTable       ? 1
+  const int64_t tables = group_size == kOneTable      ? 1
                          : group_size == kTablePerRow ? rows
                                                       : (width + group_size - 1) / group_size;
   if (codebook)
     STD_TORCH_CHECK(codebook->dim() == 2 && codebook->size(0) == tables && codebook->size(1) == int64_t(1) << bits,
                     "codebook: expected shape [tables, 2**bits]");
-  return {dtype,
-          static_cast<const uint8_t*>(codes.const_data_ptr()),
-          codes.numel(),
-          codebook ? codebook->const_data_ptr() : nullptr,
-          rows,
-          width,
-          int(bits),
-          group_size,
-          tables,
-          zero};
+  return {dtype,         static_cast<const uint8_t*>(codes.const_data_ptr()),
+          codes.numel(), codebook ? codebook->const_data_ptr() : nullptr,
+          rows,          width,
+          int(bits),     group_size,
+          tables,        zero};
 }
 
 void run_forward(Params& p) {
@@ -115,8 +110,7 @@ Tensor conv2d(Tensor x, Tensor codebook, Tensor codes, int64_t rows, int64_t bit
   return y;
 }
 
-Tensor decode(Tensor codebook, Tensor codes, int64_t rows, int64_t width, int64_t bits, int64_t group_size,
-              bool zero) {
+Tensor decode(Tensor codebook, Tensor codes, int64_t rows, int64_t width, int64_t bits, int64_t group_size, bool zero) {
   STD_TORCH_CHECK(codebook.is_cpu(), "codebook: expected a CPU tensor");
   codebook = as_contiguous(codebook);
   const Weight w = weight_of(&codebook, codes, dtype_of(codebook, "codebook"), rows, width, bits, group_size, zero);
