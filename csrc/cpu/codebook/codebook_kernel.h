@@ -439,7 +439,7 @@ void forward_columns(const Params& p, int64_t task, void* workspace) {
     });
     for (int64_t k0 = 0; k0 < w.width; k0 += kBlock) {
       const int64_t k1 = min_of(w.width, k0 + kBlock);
-      Lowered<T> x[G];
+      Lowered<T> x[G] = {};
       for (int s = 0; s < sources; ++s)
         x[s] =
             together.source[s].lower(group * w.width + k0, group * w.width + k1, lowered + s * lowered_bytes, offsets);
