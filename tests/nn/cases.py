@@ -89,8 +89,11 @@ CASES = (
     Case("block_sparse_linear", slim.nn.BlockSparseLinear, _linear, (37,), (8, 8), {"block_size": (8, 8)}),
     Case("sparse_conv2d", slim.nn.SparseConv2d, _conv, (6, 9, 11)),
     Case("block_sparse_conv2d", slim.nn.BlockSparseConv2d, _conv, (6, 9, 11), (4, 16), {"block_size": (4, 16)}),
-    Case("codebook_linear", slim.nn.CodebookLinear, _linear, (37,), options={"bits": 3}, levels=7),
-    Case("codebook_conv2d", slim.nn.CodebookConv2d, _conv, (6, 9, 11), options={"bits": 4, "group_size": 5}, levels=7),
+    Case("codebook_linear", slim.nn.CodebookLinear, _linear, (37,), options={"bits": 3, "zero": False}, levels=7),
+    Case(
+        "codebook_conv2d", slim.nn.CodebookConv2d, _conv, (6, 9, 11),
+        options={"bits": 4, "group_size": 5, "zero": False}, levels=7,
+    ),
     Case("sparse_codebook_linear", slim.nn.SparseCodebookLinear, _linear, (37,), options={"bits": 3}, levels=7),
     Case(
         "sparse_codebook_conv2d", slim.nn.SparseCodebookConv2d, _conv, (6, 9, 11),
@@ -101,6 +104,8 @@ CASES = (
 )  # fmt: skip
 SPARSE_CASES = CASES[:4]
 CONVS = tuple(case for case in CASES if "conv2d" in case.name)
+
+CODEBOOKS = CASES[4:6]
 
 each_sparse = pytest.mark.parametrize("case", SPARSE_CASES, ids=lambda case: case.name)
 each_quantized = pytest.mark.parametrize("case", CASES[4:], ids=lambda case: case.name)

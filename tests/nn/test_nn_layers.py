@@ -14,6 +14,7 @@ import slimtorch as slim
 from slimtorch.formats import BlockSparse, Sparse, SparseCodebook
 from slimtorch.ops import _common
 from tests.nn.cases import (
+    CODEBOOKS,
     Case,
     assert_as_good,
     compare,
@@ -139,6 +140,24 @@ def test_weight_is_differentiable(case: Case) -> None:
     assert bool(expected.any())
 
 
+@pytest.mark.parametrize("case", CODEBOOKS, ids=lambda case: case.name)
+def test_the_zero_of_a_codebook_stays_zero(case: Case) -> None:
+    twin = case.twin()
+    packed = case.packed_class.from_dense(twin, **{**case.options, "zero": True})
+    pruned = twin.weight == 0
+    assert "zero=True" in repr(packed)
+    assert torch.equal(packed.codebook[:, 0], torch.zeros(packed.codebook.shape[0]))
+    optimizer = torch.optim.AdamW(packed.parameters(), 0.1, weight_decay=0.1)
+    for seed in range(3):
+        optimizer.zero_grad()
+        packed(case.input(5, seed=seed)).square().sum().backward()
+        assert bool((packed.codebook.grad[:, 0] == 0).all())
+        assert bool((packed.codebook.grad[:, 1:] != 0).any())
+        optimizer.step()
+    assert bool((packed.weight[pruned] == 0).all())
+    assert not torch.equal(packed.weight, twin.weight)
+
+
 @each_case
 def test_repr_says_what_is_stored(case: Case) -> None:
     packed = case.packed()
@@ -148,7 +167,7 @@ def test_repr_says_what_is_stored(case: Case) -> None:
     if isinstance(packed.format, SparseCodebook):
         assert f"stored={int((packed.weight != 0).sum())}" in text
     for name, value in case.options.items():
-        assert f"{name}={value!r}" in text
+        assert f"{name}={value!r}" in text or value is False
 
 
 @each_case
