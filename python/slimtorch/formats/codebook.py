@@ -93,8 +93,6 @@ def _centroids(values: Tensor, count: int) -> Tensor:
     distinct = torch.unique(values)
     if distinct.numel() <= count:
         return distinct
-    if count == 0:
-        raise ValueError("bits: expected at least 2 for a weight with zeros that are to stay zero, got 1")
     return kmeans(values, torch.linspace(float(values.min()), float(values.max()), count, dtype=torch.float64))
 
 
