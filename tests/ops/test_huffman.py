@@ -94,7 +94,8 @@ def read(data: bytes) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("n", "alphabet", "skew"), [(0, 1, 0), (1, 5, 0), (900, 16, 0.3), (900, 256, 0.05), (900, 256, 0.6), (MANY + 3, 7, 1)]
+    ("n", "alphabet", "skew"),
+    [(0, 1, 0.0), (1, 5, 0.0), (900, 16, 0.3), (900, 256, 0.05), (900, 256, 0.6), (MANY + 3, 7, 1.0)],
 )
 def test_the_documented_format(n: int, alphabet: int, skew: float) -> None:
     symbols = symbols_of(n, alphabet, skew)
@@ -245,10 +246,10 @@ def good_blobs() -> Iterator[tuple[Tensor, Tensor]]:
 def decodes_or_refuses(blob: Tensor, n: int) -> bool:
     """Nothing but a result of n symbols or RuntimeError: anything else fails the test (or the process)."""
     try:
-        assert torch.ops.slimtorch.huffman_decode(blob, n).shape == (n,)
-    except RuntimeError as error:
-        assert "huffman.cpp" in str(error)
+        symbols = torch.ops.slimtorch.huffman_decode(blob, n)
+    except RuntimeError:
         return False
+    assert symbols.shape == (n,)
     return True
 
 
@@ -406,7 +407,7 @@ def test_bad_input_of_raw_operators() -> None:
         lambda: ops.huffman_size(torch.tensor([-1])),
         lambda: ops.huffman_size(torch.tensor([[1]])),
     ):
-        with pytest.raises(RuntimeError, match="expected|shorter"):
+        with pytest.raises(RuntimeError, match=r"expected|shorter"):
             call()
 
 

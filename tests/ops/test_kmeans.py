@@ -184,7 +184,8 @@ def test_assignment(k: int, dtype: torch.dtype) -> None:
         assert codes.dtype == torch.uint8
         assert torch.equal(codes.long(), nearest(values, centroids))
     middles = (centroids[1:] + centroids[:-1]) / 2
-    around = torch.cat([middles, middles.nextafter(torch.tensor(9.0)), middles.nextafter(torch.tensor(-9.0)), centroids])
+    above, below = (middles.nextafter(torch.tensor(end, dtype=dtype)) for end in (9.0, -9.0))
+    around = torch.cat([middles, above, below, centroids])
     if dtype == torch.float32:  # in float64 the distances themselves are rounded
         assert torch.equal(assign_1d(around, centroids).long(), nearest(around, centroids))
 
