@@ -43,6 +43,15 @@ STABLE_TORCH_LIBRARY(slimtorch, m) {
                               ", bool relu) -> Tensor");
   m.def("codebook_decode(Tensor codebook, Tensor codes, int rows, int width, " TABLES ") -> Tensor");
   m.def("codebook_sum_members(Tensor grad_weight, Tensor codes, " TABLES ") -> Tensor");
+
+  m.def("kmeans_1d(Tensor values, Tensor centroids, Tensor? importance, int iterations, float tolerance) -> Tensor");
+  m.def("quantiles_1d(Tensor values, Tensor? importance, int k) -> Tensor");
+  m.def("assign_1d(Tensor values, Tensor centroids) -> Tensor");
+
+  m.def("huffman_lengths(Tensor histogram) -> Tensor");
+  m.def("huffman_size(Tensor histogram) -> Tensor");
+  m.def("huffman_encode(Tensor symbols) -> Tensor");
+  m.def("huffman_decode(Tensor blob, int n) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(slimtorch, CPU, m) {
@@ -67,6 +76,15 @@ STABLE_TORCH_LIBRARY_IMPL(slimtorch, CPU, m) {
   SLIM_IMPL("codebook_conv2d", slim::codebook::conv2d);
   m.impl("codebook_decode", TORCH_BOX(&slim::codebook::decode));
   m.impl("codebook_sum_members", TORCH_BOX(&slim::codebook::sum_members));
+
+  m.impl("kmeans_1d", TORCH_BOX(&slim::kmeans::kmeans_1d));
+  m.impl("quantiles_1d", TORCH_BOX(&slim::kmeans::quantiles_1d));
+  m.impl("assign_1d", TORCH_BOX(&slim::kmeans::assign_1d));
+
+  m.impl("huffman_lengths", TORCH_BOX(&slim::huffman::huffman_lengths));
+  m.impl("huffman_size", TORCH_BOX(&slim::huffman::huffman_size));
+  m.impl("huffman_encode", TORCH_BOX(&slim::huffman::huffman_encode));
+  m.impl("huffman_decode", TORCH_BOX(&slim::huffman::huffman_decode));
 }
 
 #ifdef SLIM_CUDA
