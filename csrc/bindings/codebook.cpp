@@ -29,7 +29,7 @@ const Kernels& kernels() {
 // Every index of `bits` bits is one that a table has, so sizes are all there is to check. `codebook` may be missing
 // where only the positions are needed.
 Weight weight_of(const Tensor* codebook, const Tensor& codes, DType dtype, int64_t rows, int64_t width, int64_t bits,
-                 int64_t group_size, bool zero) {
+                 int64_t group_size) {
   STD_TORCH_CHECK(bits >= 1 && bits <= 8, "bits: expected 1 to 8");
   STD_TORCH_CHECK(group_size >= kTablePerRow, "group_size: expected 0 (one table), -1 (a table per row) or a size");
   STD_TORCH_CHECK(rows >= 0 && width >= 0 && rows <= INT32_MAX && width <= INT32_MAX / std::max<int64_t>(1, rows),
@@ -47,7 +47,7 @@ Weight weight_of(const Tensor* codebook, const Tensor& codes, DType dtype, int64
           codes.numel(), codebook ? codebook->const_data_ptr() : nullptr,
           rows,          width,
           int(bits),     group_size,
-          tables,        zero};
+          tables};
 }
 
 void run_forward(Params& p) {
@@ -67,7 +67,8 @@ int64_t piece_count(const Weight& w) {
 
 }  // namespace
 
-Tensor linear(Tensor x, Tensor codebook, Tensor codes, int64_t rows, int64_t bits, int64_t group_size, bool zero,
+// Whether entry 0 is a constant matters to gradients alone: autograd finds it among the arguments of the forward operator.
+Tensor linear(Tensor x, Tensor codebook, Tensor codes, int64_t rows, int64_t bits, int64_t group_size, bool,
               std::optional<Tensor> bias, bool relu) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 1, "x: expected a CPU tensor [..., in_features]");
   check_same(codebook, x, "codebook");
@@ -75,7 +76,7 @@ Tensor linear(Tensor x, Tensor codebook, Tensor codes, int64_t rows, int64_t bit
   codebook = as_contiguous(codebook);
   bias = checked_bias(bias, x, rows);
   Params p{};
-  p.w = weight_of(&codebook, codes, dtype_of(x, "x"), rows, x.size(-1), bits, group_size, zero);
+  p.w = weight_of(&codebook, codes, dtype_of(x, "x"), rows, x.size(-1), bits, group_size);
   p.groups = 1;
   std::vector<int64_t> sizes = sizes_of(x);
   sizes.back() = rows;
@@ -85,7 +86,7 @@ Tensor linear(Tensor x, Tensor codebook, Tensor codes, int64_t rows, int64_t bit
   return y;
 }
 
-Tensor conv2d(Tensor x, Tensor codebook, Tensor codes, int64_t rows, int64_t bits, int64_t group_size, bool zero,
+Tensor conv2d(Tensor x, Tensor codebook, Tensor codes, int64_t rows, int64_t bits, int64_t group_size, bool,
               std::optional<Tensor> bias, std::vector<int64_t> kernel, std::vector<int64_t> stride,
               std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, bool relu) {
   STD_TORCH_CHECK(x.is_cpu(), "x: expected a CPU tensor");
@@ -98,8 +99,7 @@ Tensor conv2d(Tensor x, Tensor codebook, Tensor codes, int64_t rows, int64_t bit
   x = as_contiguous(x);
   codebook = as_contiguous(codebook);
   bias = checked_bias(bias, x, rows);
-  p.w = weight_of(&codebook, codes, p.a.dtype, rows, g.channels / groups * g.kernel_h * g.kernel_w, bits, group_size,
-                  zero);
+  p.w = weight_of(&codebook, codes, p.a.dtype, rows, g.channels / groups * g.kernel_h * g.kernel_w, bits, group_size);
   p.groups = groups;
   Tensor y = like(x, {g.batch, rows, g.out_h, g.out_w});
   p.a.x = x.const_data_ptr();
@@ -110,10 +110,10 @@ Tensor conv2d(Tensor x, Tensor codebook, Tensor codes, int64_t rows, int64_t bit
   return y;
 }
 
-Tensor decode(Tensor codebook, Tensor codes, int64_t rows, int64_t width, int64_t bits, int64_t group_size, bool zero) {
+Tensor decode(Tensor codebook, Tensor codes, int64_t rows, int64_t width, int64_t bits, int64_t group_size) {
   STD_TORCH_CHECK(codebook.is_cpu(), "codebook: expected a CPU tensor");
   codebook = as_contiguous(codebook);
-  const Weight w = weight_of(&codebook, codes, dtype_of(codebook, "codebook"), rows, width, bits, group_size, zero);
+  const Weight w = weight_of(&codebook, codes, dtype_of(codebook, "codebook"), rows, width, bits, group_size);
   Tensor out = like(codebook, {rows, width});
   void* to = out.mutable_data_ptr();
   const Kernels& k = kernels();
@@ -127,7 +127,7 @@ Tensor decode(Tensor codebook, Tensor codes, int64_t rows, int64_t width, int64_
 Tensor sum_members(Tensor grad_weight, Tensor codes, int64_t bits, int64_t group_size, bool zero) {
   STD_TORCH_CHECK(grad_weight.is_cpu() && grad_weight.dim() == 2, "grad_weight: expected a CPU tensor [rows, width]");
   const Weight w = weight_of(nullptr, codes, dtype_of(grad_weight, "grad_weight"), grad_weight.size(0),
-                             grad_weight.size(1), bits, group_size, zero);
+                             grad_weight.size(1), bits, group_size);
   grad_weight = as_contiguous(grad_weight);
   const int64_t entries = int64_t(1) << bits, total = w.tables * entries;
   // Rows with tables of their own share no sum; otherwise each piece has sums of its own, added up in order.

@@ -53,7 +53,7 @@ Tensor linear(Tensor x, Tensor codebook, Tensor codes, int64_t rows, int64_t bit
 Tensor conv2d(Tensor x, Tensor codebook, Tensor codes, int64_t rows, int64_t bits, int64_t group_size, bool zero,
               SLIM_OPT bias, SLIM_INTS kernel, SLIM_INTS stride, SLIM_INTS padding, SLIM_INTS dilation, int64_t groups,
               bool relu);
-Tensor decode(Tensor codebook, Tensor codes, int64_t rows, int64_t width, int64_t bits, int64_t group_size, bool zero);
+Tensor decode(Tensor codebook, Tensor codes, int64_t rows, int64_t width, int64_t bits, int64_t group_size);
 Tensor sum_members(Tensor grad_weight, Tensor codes, int64_t bits, int64_t group_size, bool zero);
 }  // namespace slim::codebook
 

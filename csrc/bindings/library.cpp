@@ -41,7 +41,7 @@ STABLE_TORCH_LIBRARY(slimtorch, m) {
            "(Tensor x, Tensor codebook, Tensor codes, int rows, " TABLES ", Tensor? bias, bool relu) -> Tensor");
   SLIM_DEF("codebook_conv2d", "(Tensor x, Tensor codebook, Tensor codes, int rows, " TABLES ", Tensor? bias, " GEOMETRY
                               ", bool relu) -> Tensor");
-  m.def("codebook_decode(Tensor codebook, Tensor codes, int rows, int width, " TABLES ") -> Tensor");
+  m.def("codebook_decode(Tensor codebook, Tensor codes, int rows, int width, int bits, int group_size) -> Tensor");
   m.def("codebook_sum_members(Tensor grad_weight, Tensor codes, " TABLES ") -> Tensor");
 
   m.def("kmeans_1d(Tensor values, Tensor centroids, Tensor? importance, int iterations, float tolerance) -> Tensor");

@@ -17,7 +17,6 @@ struct Weight {
   int64_t rows, width;
   int bits;
   int64_t group_size, tables;
-  bool zero;  // entry 0 of every table is 0, whatever is stored
 };
 
 struct Params {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The idea: the weight stays a stream of indices until it is needed, and how often a decoded entry is used decides how.
 //
-//   1 … 4 rows of x   a row of W is a dot product along k: 32 indices become table entries in registers and are multiplied
-//                     there. Bound by the shuffles of the look-up (codebook_lookup.h): for 4 bits on AVX2, 13 for 32
-//                     weights at two a cycle.
+//   few rows of x     a row of W is a dot product along k: 32 indices become table entries in registers and are multiplied
+//                     there, by up to four rows of x. Bound by the shuffles of the look-up (codebook_lookup.h): for 4
+//                     bits on AVX2, 13 for 32 weights at two a cycle.
 //   more, and images  a few rows of a k block are decoded to a scratch of 12 KB in the first-level cache, and a dense
 //                     register tile runs over all columns of the group:
 //
@@ -59,7 +59,6 @@ void load_table(const Weight& w, int64_t table, T* values, T* prepared) {
   const int64_t entries = int64_t(1) << w.bits;
   const IO* from = static_cast<const IO*>(w.codebook) + table * entries;
   for (int64_t i = 0; i < entries; ++i) values[i] = to_compute(from[i]);
-  if (w.zero) values[0] = 0;
   for (int64_t i = entries; i < 16; ++i) values[i] = values[i - entries];
   with_lookup<T, false, false>(w.bits, [&](auto* type) { Pointee<decltype(type)>::prepare(values, prepared); });
 }
@@ -97,20 +96,25 @@ SLIM_INLINE const uint8_t* row_stream(const Weight& w, int64_t row, int64_t c0, 
   return scratch;
 }
 
-// Calls f(c0, c1, values, prepared) for the runs of columns k0 … k1 of a row that share a table.
+// Calls f(c0, c1, stream, values, prepared) for the runs of columns k0 … k1 of a row that share a table.
 template <class IO, class T, class F>
-SLIM_INLINE void for_tables(const Weight& w, int64_t row, int64_t k0, int64_t k1, const Tables<T>& tables, F f) {
+SLIM_INLINE void for_tables(const Weight& w, int64_t row, int64_t k0, int64_t k1, const Tables<T>& tables,
+                            uint8_t* scratch, F f) {
   if (w.group_size > 0) {
     int64_t group = k0 / w.group_size;
+    // Where every run begins with a whole byte if the first does, one stream serves them all.
+    const bool whole = (w.group_size * w.bits & 7) == 0 && (k0 - group * w.group_size) * w.bits % 8 == 0;
+    const uint8_t* stream = whole ? row_stream(w, row, k0, k1, scratch) : nullptr;
     for (int64_t c = k0; c < k1; ++group) {
       const int64_t end = min_of(k1, (group + 1) * w.group_size), offset = group * table_entries(w);
-      f(c, end, tables.values + offset, tables.prepared + offset);
+      f(c, end, whole ? stream + ((c - k0) * w.bits >> 3) : row_stream(w, row, c, end, scratch), tables.values + offset,
+        tables.prepared + offset);
       c = end;
     }
     return;
   }
   if (w.group_size == kTablePerRow) load_table<IO>(w, row, tables.values, tables.prepared);
-  f(k0, k1, tables.values, tables.prepared);
+  f(k0, k1, row_stream(w, row, k0, k1, scratch), tables.values, tables.prepared);
 }
 
 // ---- decoding --------------------------------------------------------------------------------------------------------
@@ -155,9 +159,9 @@ void decode_rows(const Weight& w, int64_t row0, int64_t count, int64_t k0, int64
       return;
     }
     for (int64_t i = 0; i < count; ++i, out += pitch)
-      for_tables<IO>(w, row0 + i, k0, k1, tables, [&](int64_t c0, int64_t c1, const T* values, const T* prepared) {
-        decode_run<T>(Lookup(prepared, w.bits), row_stream(w, row0 + i, c0, c1, scratch), c1 - c0, w.bits, values,
-                      out + (c0 - k0));
+      for_tables<IO>(w, row0 + i, k0, k1, tables, scratch,
+                     [&](int64_t c0, int64_t c1, const uint8_t* stream, const T* values, const T* prepared) {
+        decode_run<T>(Lookup(prepared, w.bits), stream, c1 - c0, w.bits, values, out + (c0 - k0));
       });
   });
 }
@@ -226,9 +230,9 @@ void dot_rows(const Params& p, int64_t first, int64_t row0, int64_t row1, void* 
         dot_run<T, Lookup, M, N>(lookup, row_stream(w, row, k0, k1, scratch), k1 - k0, w.bits, tables.values, x + k0,
                                  pitch, sum, rest);
       else
-        for_tables<IO>(w, row, k0, k1, tables, [&](int64_t c0, int64_t c1, const T* values, const T* prepared) {
-          dot_run<T, Lookup, M, N>(Lookup(prepared, w.bits), row_stream(w, row, c0, c1, scratch), c1 - c0, w.bits,
-                                   values, x + c0, pitch, sum, rest);
+        for_tables<IO>(w, row, k0, k1, tables, scratch,
+                       [&](int64_t c0, int64_t c1, const uint8_t* stream, const T* values, const T* prepared) {
+          dot_run<T, Lookup, M, N>(Lookup(prepared, w.bits), stream, c1 - c0, w.bits, values, x + c0, pitch, sum, rest);
         });
       const T bias = k0 == 0 && p.a.bias ? bias_at<LinearColumns<IO>>(p.a.bias, row) : T(0);
       T* kept = sums + (row - row0) * M;
@@ -282,7 +286,7 @@ int64_t dot_bytes(const Params& p) {
          kDotAtOnce * (dot_pitch(p.w) + p.w.rows) * int64_t(sizeof(T));
 }
 
-SLIM_INLINE bool uses_dot(const Params& p) { return !p.a.conv && p.a.m <= kDotColumns; }
+SLIM_INLINE bool uses_dot(const Params& p) { return !p.a.conv && p.a.m <= (p.w.bits <= 4 ? kDotColumns : 8); }
 
 // ---- columns ---------------------------------------------------------------------------------------------------------
 

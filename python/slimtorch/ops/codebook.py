@@ -133,9 +133,7 @@ def _(
 
 
 @torch.library.register_fake("slimtorch::codebook_decode")
-def _(
-    codebook: Tensor, codes: Tensor, rows: int, width: int, bits: int, group_size: int, zero: bool
-) -> Tensor:  # fmt: skip
+def _(codebook: Tensor, codes: Tensor, rows: int, width: int, bits: int, group_size: int) -> Tensor:
     return codebook.new_empty([rows, width])
 
 
@@ -177,7 +175,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     width = ctx.x_shape[-1]
     grad_x = grad_codebook = grad_bias = None
     if ctx.needs_input_grad[0]:
-        dense = _ops.codebook_decode(_wide(t["codebook"]), t["codes"], ctx.rows, width, *ctx.tables)
+        dense = _ops.codebook_decode(_wide(t["codebook"]), t["codes"], ctx.rows, width, *ctx.tables[:2])
         grad_x = (wide @ dense).to(grad.dtype)
     if ctx.needs_input_grad[1]:
         dense = wide.reshape(-1, ctx.rows).t() @ _wide(t["x"]).reshape(-1, width)
@@ -211,7 +209,7 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
     grad_x = grad_codebook = grad_bias = None
     if ctx.needs_input_grad[0]:
-        dense = _ops.codebook_decode(_wide(t["codebook"]), t["codes"], ctx.rows, width, *ctx.tables)
+        dense = _ops.codebook_decode(_wide(t["codebook"]), t["codes"], ctx.rows, width, *ctx.tables[:2])
         grad_x = gradient(wide.new_empty(ctx.x_shape), dense.view(shape), 0).to(grad.dtype)
     if ctx.needs_input_grad[1]:
         dense = gradient(_wide(t["x"]), wide.new_empty(shape), 1).reshape(ctx.rows, width)
