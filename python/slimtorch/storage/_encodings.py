@@ -201,14 +201,11 @@ class TensorRecord:
         return sum(section.length for section, _ in self.sections())
 
     @property
-    def label(self) -> str:
-        """The encoding in a word or two."""
-        if self.encoding == "plain":
-            return "plain"
-        inner = [self.stream.coding] if self.stream is not None else []
-        if self.values is not None:
-            inner.append(self.values.label)
-        return f"{self.encoding} ({', '.join(inner)})"
+    def codings(self) -> list[str]:
+        """Of its parts, in the order of the file; "plain" for bytes as they are."""
+        own = [] if self.section is None else ["plain"]
+        own += [] if self.stream is None else [self.stream.coding]
+        return own + ([] if self.values is None else self.values.codings)
 
     @classmethod
     def parse(cls, record: Any, place: str, number: int, nested: bool = False) -> TensorRecord:

@@ -32,6 +32,7 @@ class TensorReport:
         dtype: as torch names it.
         shape: decoded.
         encoding: how it is stored.
+        codings: of its parts, "plain" for bytes as they are.
         stored_bytes: in the file.
         decoded_bytes: in memory.
         shared: whether an earlier layer has the same one, which is stored once.
@@ -41,6 +42,7 @@ class TensorReport:
     dtype: str
     shape: tuple[int, ...]
     encoding: str
+    codings: list[str]
     stored_bytes: int
     decoded_bytes: int
     shared: bool
@@ -111,19 +113,19 @@ class FileReport:
         """One row per layer and a total."""
         rows: list[list[object]] = []
         for layer in self.layers:
-            encodings = dict.fromkeys(tensor.encoding for tensor in layer.tensors)
+            codings = dict.fromkeys(coding for tensor in layer.tensors for coding in tensor.codings)
             rows.append([
                 layer.name or "(model)", layer.format if layer.format != "dense" else layer.kind,
                 "×".join(map(str, layer.shape)) if layer.shape else None, f"{layer.density:.1%}", layer.bits,
                 _bits(layer.index_entropy), _bits(layer.gap_entropy), format_bytes(layer.stored_bytes),
                 format_bytes(layer.dense_bytes), f"{layer.dense_bytes / max(1, layer.stored_bytes):.1f}x",
-                ", ".join(encodings),
+                " ".join(codings),
             ])  # fmt: skip
         rows.append([
             "whole file", "", "", "", "", "", "", format_bytes(self.file_bytes), format_bytes(self.dense_bytes),
             f"{self.ratio:.1f}x", "",
         ])  # fmt: skip
-        columns = ["layer", "format", "shape", "kept", "bits", "index", "gap", "stored", "float32", "ratio", "encodings"]
+        columns = ["layer", "format", "shape", "kept", "bits", "index", "gap", "stored", "float32", "ratio", "coding"]
         notes = [
             f"header and padding: {format_bytes(self.header_bytes)}; file version {self.version}, "
             f"written by slimtorch {self.library!r:.40}",
@@ -168,7 +170,7 @@ def _layer(
     mine = {name: tensors[number] for name, number in layer.numbers.items()}
     reports = [
         TensorReport(
-            name, NAMES[tensor.dtype], tensor.shape, tensor.label,
+            name, NAMES[tensor.dtype], tensor.shape, tensor.encoding, tensor.codings,
             0 if layer.numbers[name] in seen else tensor.stored_bytes, tensor.nbytes, layer.numbers[name] in seen,
         )
         for name, tensor in mine.items()
