@@ -272,7 +272,7 @@ def _unchecked(tensor: TensorRecord) -> TensorRecord:
 def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(
         x.dtype == b[key].dtype and x.shape == b[key].shape
-        and torch.equal(x.reshape(-1).view(torch.uint8), b[key].reshape(-1).view(torch.uint8))
+        and torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (x, b[key])))
         for key, x in a.items()
     )  # fmt: skip
 

@@ -276,15 +276,20 @@ class Loader:
                 parameter.data = value
             for change in self._changes:
                 undo.append((change.module, type(change.module), change.module.__dict__))
-                change.module.__class__ = change.kind
-                change.module.__dict__ = change.attributes
+                _become(change.module, change.kind, change.attributes)
         except BaseException:
             for module, kind, attributes in reversed(undo):
-                module.__class__ = kind
-                module.__dict__ = attributes
+                _become(module, kind, attributes)
             for parameter, value in before:
                 parameter.data = value
             raise
+
+
+def _become(module: nn.Module, kind: type[nn.Module], attributes: dict[str, Any]) -> None:
+    """Change class and attributes, past any ``__setattr__`` of the module's own."""
+    if type(module) is not kind:
+        object.__setattr__(module, "__class__", kind)
+    object.__setattr__(module, "__dict__", attributes)
 
 
 @dataclass
