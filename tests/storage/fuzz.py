@@ -4,8 +4,8 @@
     python -m tests.storage.fuzz --count 100000 --seed 0
 
 Files of every format are damaged in two ways. *Blind* damage (flipped bits, cut and spliced bytes) must be refused, or
-load bit for bit as the original. *Forged* files have their checksums made good again, as an attacker would: they must be
-refused, or give formats that pass their own checks, in a model that still runs or says what is wrong in Python. The
+load bit for bit as the original. *Forged* files have their checksums made good again, as an attacker would: they must
+be refused, or give formats that pass their own checks, in a model that still runs or says what is wrong in Python. The
 model is left as it was by every refusal, and the memory of the process may not grow.
 """
 
@@ -166,8 +166,8 @@ def blind(r: random.Random, data: bytes, other: bytes) -> bytes:
 
 NASTY: list[object] = [
     -1, 0, 1, 2, 3, 7, 8, 9, 255, 256, 2**31 - 1, 2**31, 2**32, 2**47, 2**48, 2**63, 2**64, 10**30, True, False, None,
-    "", "x", "dense", "sparse", "codebook", "binary", "plain", "huffman", "bits0", "bytes", "distinct", "zeros", "codes",
-    "columns", "counts", "float64", "float16", "bfloat16", "uint8", "int32", "bool", "relu", "row", "Linear", "Conv2d",
+    "", "x", "dense", "sparse", "codebook", "binary", "plain", "huffman", "bits0", "bytes", "distinct", "zeros",
+    "codes", "columns", "counts", "float64", "float16", "bfloat16", "uint8", "int32", "bool", "relu", "row", "Linear", "Conv2d",
     "BatchNorm", "\ud800", [], {}, [1], [2**40, 2**40], [0], [[]], {"x": 1}, 1.5, float("nan"), float("inf"),
 ]  # fmt: skip
 
@@ -231,7 +231,7 @@ def _repair(value: object, body: bytes) -> None:
     """Right checksums for all sections."""
     if isinstance(value, dict):
         offset, length = value.get("offset"), value.get("length")
-        if "crc32" in value and type(offset) is int and type(length) is int and 0 <= offset and 0 <= length < 2**40:
+        if "crc32" in value and type(offset) is int and type(length) is int and offset >= 0 and 0 <= length < 2**40:
             value["crc32"] = zlib.crc32(body[offset : offset + length])
         for child in value.values():
             _repair(child, body)

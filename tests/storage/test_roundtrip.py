@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""save and load: the same bits in the same layers, for every format on every layer, and models changed as methods do."""
+"""save and load: the same bits in the same layers, every format on every layer, and models as methods leave them."""
 
 from __future__ import annotations
 
@@ -457,7 +457,7 @@ def test_masked_model_is_no_target(tmp_path):
 
 
 def test_bad_arguments(tmp_path):
-    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got type"):
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got type"):
         slim.load(tmp_path / "model.slim", nn.Linear)
     with pytest.raises(FileNotFoundError):
         slim.load(tmp_path / "none.slim", nn.Linear(2, 2))

@@ -3,7 +3,7 @@
 
     plain      the bytes, little-endian, row-major
     distinct   at most 256 bit patterns: a table of them, and an index for each element
-    zeros      many elements are 0: gaps between the others, the signs of the zeros, the other values (plain or distinct)
+    zeros      many elements are 0: gaps between the others, signs of the zeros, the other values (plain or distinct)
     codes      a bit stream of indices (see formats/_bits.py): the indices one by one
     columns    positions that ascend within rows: gaps between them
     counts     row offsets: the number of entries of each row
@@ -111,7 +111,9 @@ class Stream:
             try:
                 return torch.ops.slimtorch.huffman_decode(stored, self.symbols).numpy()
             except RuntimeError as error:
-                fail(f"{self.place}.section", f"no Huffman code of {self.symbols} symbols: {str(error).splitlines()[0]}")
+                fail(
+                    f"{self.place}.section", f"no Huffman code of {self.symbols} symbols: {str(error).splitlines()[0]}"
+                )
         spare = 8 * data.size - bits * self.symbols
         if spare and data[-1] >> (8 - spare):
             fail(f"{self.place}.section", f"expected zeros in the last {spare} bits")
@@ -216,7 +218,7 @@ class TensorRecord:
         """Check one tensor's record for itself; ``number`` is its place among the tensors."""
         encoding = record.get("encoding") if type(record) is dict else None
         fields = _FIELDS.get(encoding) if isinstance(encoding, str) else None
-        if fields is None or (nested and encoding not in ("plain", "distinct")):
+        if not isinstance(encoding, str) or fields is None or (nested and encoding not in ("plain", "distinct")):
             fail(f"{place}.encoding", f"expected {', '.join(_FIELDS)}, got {encoding!r:.40}")
         dtype_name, shape, _, *rest = take(record, place, dtype=str, shape=list, encoding=str, **fields)
         own = dict(zip(fields, rest, strict=True))
@@ -277,7 +279,7 @@ class TensorRecord:
     def decode(self, reader: Reader, earlier: Mapping[int, Tensor]) -> Tensor:
         """The tensor. The caller has judged its size; ``earlier`` holds the tensors that others refer to."""
         data = self._decode(reader, earlier)
-        if self.crc32 is not None and zlib.crc32(data) != self.crc32:
+        if self.crc32 is not None and _crc32(data) != self.crc32:
             fail(self.place, "the checksum of the decoded tensor is wrong")
         if self.dtype == torch.bool and data.size and data.max() > 1:
             fail(self.place, "expected bytes 0 and 1 in a bool tensor")
@@ -355,6 +357,10 @@ _STREAMS: dict[str, tuple[str, str | None]] = {  # field of the symbols, field t
     "distinct": ("indices", "count"), "zeros": ("gaps", None), "codes": ("indices", "bits"),
     "columns": ("gaps", "offsets"), "counts": ("counts", None),
 }  # fmt: skip
+
+
+def _crc32(data: np.ndarray) -> int:
+    return zlib.crc32(data.data)
 
 
 def _empty(count: int, dtype: Any) -> np.ndarray:
@@ -442,7 +448,7 @@ class TensorWriter:
         symbols = _Symbols.of(unpack_bits(stream, bits, count).numpy())
         if symbols.nbytes + _RECORD_BYTES >= data.size:
             return self._plain(data)
-        return {"encoding": "codes", "crc32": zlib.crc32(data), "bits": bits, "indices": symbols.write(self.sections)}
+        return {"encoding": "codes", "crc32": _crc32(data), "bits": bits, "indices": symbols.write(self.sections)}
 
     def _columns(self, columns: Tensor, offsets: Tensor, data: np.ndarray) -> dict[str, Any]:
         number = self._known[_identity(offsets)]
@@ -454,13 +460,13 @@ class TensorWriter:
         if symbols.nbytes + _RECORD_BYTES >= data.size:
             return self._plain(data)
         gaps = symbols.write(self.sections)
-        return {"encoding": "columns", "crc32": zlib.crc32(data), "offsets": number, "gaps": gaps}
+        return {"encoding": "columns", "crc32": _crc32(data), "offsets": number, "gaps": gaps}
 
     def _counts(self, offsets: Tensor, data: np.ndarray) -> dict[str, Any]:
         symbols = _Symbols.of(escape(np.diff(offsets.numpy().astype(np.int64))))
         if symbols.nbytes + _RECORD_BYTES >= data.size:
             return self._plain(data)
-        return {"encoding": "counts", "crc32": zlib.crc32(data), "counts": symbols.write(self.sections)}
+        return {"encoding": "counts", "crc32": _crc32(data), "counts": symbols.write(self.sections)}
 
     def _values(self, data: np.ndarray, dtype: torch.dtype) -> dict[str, Any]:
         pattern = _PATTERNS.get(dtype.itemsize)
@@ -486,7 +492,7 @@ class TensorWriter:
             signs = _Symbols.of((elements[~nonzero] != 0).view(np.uint8))
             size = gaps.nbytes + signs.nbytes + _RECORD_BYTES + (values.nbytes if inner is None else inner.nbytes)
             if size < best_size:
-                record = {"encoding": "zeros", "crc32": zlib.crc32(data), "gaps": gaps.write(self.sections),
+                record = {"encoding": "zeros", "crc32": _crc32(data), "gaps": gaps.write(self.sections),
                           "signs": signs.write(self.sections)}  # fmt: skip
                 body = values.view(np.uint8)
                 own = self._plain(body) if inner is None else inner.write(self.sections)
@@ -509,7 +515,9 @@ def distinct(elements: np.ndarray) -> np.ndarray | None:
     for part in np.array_split(elements, max(1, elements.size >> 20)):
         if found.size > 256:
             return None
-        others = part[found[np.searchsorted(found, part).clip(max=max(0, found.size - 1))] != part] if part.size else part
+        others = (
+            part[found[np.searchsorted(found, part).clip(max=max(0, found.size - 1))] != part] if part.size else part
+        )
         if others.size:
             found = np.union1d(found, np.unique(others))
     return found if found.size <= 256 else None
@@ -526,7 +534,7 @@ class _Distinct:
     @classmethod
     def of(cls, elements: np.ndarray, table: np.ndarray) -> _Distinct:
         symbols = _Symbols.of(np.searchsorted(table, elements).astype(np.uint8))
-        return cls(table, symbols, zlib.crc32(elements.view(np.uint8)))
+        return cls(table, symbols, _crc32(elements.view(np.uint8)))
 
     @property
     def nbytes(self) -> int:
