@@ -36,8 +36,8 @@ Path = str | os.PathLike[str]
 def save(model: nn.Module, path: Path, *, compress: bool = True) -> int:
     """Write a model to one file: every parameter and persistent buffer, bit for bit.
 
-    Packed layers are stored in their formats, shared tensors once. Masks of :func:`slimtorch.prune_` become zeros in the
-    weights of the file; the model keeps them. A module with a method ``packed()`` is stored as the module that it
+    Packed layers are stored in their formats, shared tensors once. Masks of :func:`slimtorch.prune_` become zeros in
+    the weights of the file; the model keeps them. A module with a method ``packed()`` is stored as the module that it
     returns. The file is written under another name and then renamed: whatever happens, ``path`` is the old file or the
     new one.
 
