@@ -166,8 +166,9 @@ def blind(r: random.Random, data: bytes, other: bytes) -> bytes:
 
 NASTY: list[object] = [
     -1, 0, 1, 2, 3, 7, 8, 9, 255, 256, 2**31 - 1, 2**31, 2**32, 2**47, 2**48, 2**63, 2**64, 10**30, True, False, None,
-    "", "x", "dense", "sparse", "codebook", "binary", "plain", "huffman", "bits0", "bytes", "distinct",
-    "zeros", "codes", "columns", "counts", "float64", "float16", "bfloat16", "uint8", "int32", "bool", "relu", "row", "Linear", "Conv2d",
+    "", "x", "dense", "sparse", "codebook", "binary", "plain", "huffman", "bits0", "bytes", "distinct", "zeros",
+    "codes", "columns", "counts", "float64", "float16", "bfloat16", "uint8", "int32", "bool", "relu", "row", "Linear",
+    "Conv2d",
     "BatchNorm", "\ud800", [], {}, [1], [2**40, 2**40], [0], [[]], {"x": 1}, 1.5, float("nan"), float("inf"),
 ]  # fmt: skip
 
