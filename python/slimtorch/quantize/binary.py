@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -114,7 +114,7 @@ class Attachment:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
         self._layers = list(layers)
-        self._before: list[tuple[nn.Parameter, Tensor, float]] = []
+        self._before: list[tuple[Tensor, Tensor, float]] = []
         if not self._held_by(optimizer):
             raise ValueError("optimizer: expected one that holds weights of the binarized layers, got one with none")
         own = {id(layer) for layer in layers}
@@ -197,7 +197,7 @@ def binarize_(
         if not isinstance(value, METHODS) and not (value is None and isinstance(config, Mapping)):
             names = ", ".join(method.__name__ for method in METHODS)
             raise TypeError(f"config: expected {names} or a mapping of globs to them, got {value!r}")
-    chosen = _select.resolve(model, config, filter_fn, types=_TYPES)
+    chosen: list[tuple[str, nn.Module, Method]] = _select.resolve(model, config, filter_fn, types=_TYPES)
     for name, module, _ in chosen:
         where = f"layer {name!r}" if name else "the layer"
         if isinstance(module, LatentBinary):
@@ -229,7 +229,8 @@ def binarize_(
 
     report = BinarizeReport([])
     for name, module in every:
-        shape = tuple(module.weight.shape)  # type: ignore[arg-type]
+        weight = cast(Tensor, module.weight)
+        shape = () if torch.nn.parameter.is_lazy(weight) else tuple(weight.shape)
         if name in reasons:
             report.layers.append(BinarizedLayer(name, shape, None, "nothing", 1.0, reasons[name]))
             continue
