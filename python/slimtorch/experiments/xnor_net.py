@@ -77,7 +77,7 @@ def variants() -> dict[str, Variant]:
 
 def run(settings: Settings, out: Path, progress: Progress) -> Result:
     """Train the three networks, pack two of them, compare predictions and time."""
-    plan = Plan(epochs=2, seeds=settings.seeds or 1) if settings.quick else Plan(epochs=8, seeds=settings.seeds or 5)
+    plan = Plan(epochs=2, seeds=settings.seeds or 1) if settings.quick else Plan(epochs=6, seeds=settings.seeds or 5)
     data, what = load(settings)
     shape = tuple(data.train.images.shape[1:])
     rows = variants()
