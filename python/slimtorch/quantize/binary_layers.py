@@ -62,7 +62,7 @@ class BinaryNet:
 
     Args:
         scale_learning_rate: as in `BinaryConnect`.
-        binarize_first_input: take the signs of the network's input too; the paper keeps it real (section 2.6).
+        binarize_first_input: take the signs of the network's input too; the paper keeps it real ("First Layer").
         first, last: "binary" or "real": what becomes of the first and the last layer.
     """
 
