@@ -2,6 +2,7 @@
 """slimtorch: trained PyTorch networks made smaller and really faster.
 
     prune_      which weights, blocks or neurons to keep
+    cluster_    weights share few values, in tables that are trained
     pack_       each layer goes to the format that measured fastest, or stays dense
     measure     parameters, bytes, multiply-accumulates, latency
 
@@ -18,10 +19,11 @@ except ImportError as error:
         "build it with `pip install .` in the source tree, with the torch that runs it"
     ) from error
 
-from slimtorch import formats, nn, ops, prune, reference
+from slimtorch import formats, nn, ops, prune, quantize, reference
 from slimtorch.measure import Measurement, measure
 from slimtorch.packing import PackReport, pack_
 from slimtorch.prune import prune_
+from slimtorch.quantize import cluster_
 
 __version__: str = _C.version
 
@@ -30,6 +32,7 @@ __all__ = [
     "Measurement",
     "PackReport",
     "__version__",
+    "cluster_",
     "formats",
     "measure",
     "nn",
@@ -37,5 +40,6 @@ __all__ = [
     "pack_",
     "prune",
     "prune_",
+    "quantize",
     "reference",
 ]
