@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from slimtorch import _select
 from slimtorch.formats import Codebook, SparseCodebook
+from slimtorch.formats._bits import unpack_bits
 from slimtorch.measure import memory_bytes
 from slimtorch.nn import CodebookConv2d, CodebookLinear, SparseCodebookConv2d, SparseCodebookLinear
 from slimtorch.prune import Magnitude, PruneReport, prune_
@@ -291,7 +292,7 @@ def pruned_bytes(model: nn.Module) -> int:
     for module in model.modules():
         if not isinstance(module, (nn.Linear, nn.Conv2d)):
             continue
-        weight = cast(Tensor, module.weight).detach()
+        weight = module.weight.detach()
         bits = 5 if isinstance(module, nn.Linear) else 8
         packed = (sparse_entries(weight, 1 << bits) * (32 + bits) + 7) // 8
         total -= max(0, 4 * weight.numel() - packed)
@@ -299,7 +300,7 @@ def pruned_bytes(model: nn.Module) -> int:
 
 
 def huffman_bits(counts: Tensor) -> int:
-    """Bits that an optimal prefix code takes for symbols that occur ``counts`` times; one bit each for a lone symbol."""
+    """Bits of an optimal prefix code for symbols that occur ``counts`` times; a lone symbol takes one bit each time."""
     heap = [int(count) for count in counts.tolist() if count > 0]
     if len(heap) == 1:
         return heap[0]
@@ -334,8 +335,6 @@ def _coded_layer(name: str, module: nn.Module) -> CodedLayer:
     if isinstance(held, Codebook):
         entries, codes, gap_bits, gap_bits_coded, rows = weights, held.indices().reshape(-1), 0.0, 0.0, 0
     else:
-        from slimtorch.formats._bits import unpack_bits
-
         entries = held.gaps.numel()
         codes = unpack_bits(held.codes, held.bits, entries)
         gap_bits, gap_bits_coded = 8.0, _coded_bits(held.gaps, 8) / max(1, entries)
@@ -343,23 +342,11 @@ def _coded_layer(name: str, module: nn.Module) -> CodedLayer:
     code_bits_coded = _coded_bits(codes, held.bits) / max(1, entries)
     # Of the row starts, the file needs the number of entries of each row: two bytes at most here.
     coded = (code_bits_coded + gap_bits_coded) * entries / 8 + tables + 2 * rows
-    return CodedLayer(
-        name,
-        weights,
-        kept,
-        held.bits,
-        code_bits_coded,
-        gap_bits,
-        gap_bits_coded,
-        4 * weights,
-        held.nbytes,
-        round(coded),
-    )
+    bits = (float(held.bits), code_bits_coded, gap_bits, gap_bits_coded)
+    return CodedLayer(name, weights, kept, *bits, 4 * weights, held.nbytes, round(coded))
 
 
 def coded_bytes(model: nn.Module) -> int:
     """The model with the indices and gaps of its shared weights Huffman coded, everything else as it is in memory."""
-    layers = coded_layers(model)
-    return (
-        memory_bytes(model) - sum(layer.shared_bytes for layer in layers) + sum(layer.coded_bytes for layer in layers)
-    )
+    saved = sum(layer.shared_bytes - layer.coded_bytes for layer in coded_layers(model))
+    return memory_bytes(model) - saved

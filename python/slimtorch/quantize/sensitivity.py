@@ -177,7 +177,7 @@ def choose_bits(
     Args:
         model: with Linear and Conv2d layers; it is as before afterwards. Masks are respected.
         measure: ``measure(model) -> loss``, or ``(data, loss_fn)`` with batches ``(inputs, *targets)`` that are read
-            once for every measurement, and ``loss_fn(outputs, *targets)``, which is averaged over batches in ``eval()``.
+            once for every measurement, and ``loss_fn(outputs, *targets)``, averaged over batches in ``eval()``.
         budget_bytes: of all clustered weights in memory: tables, indices and positions, without biases.
         ratio: instead: how many times smaller than the dense weights in their own dtype, at least.
         config: how to cluster; its bits are not used. None: ``KMeans()``.
