@@ -18,7 +18,16 @@ from slimtorch.formats import Codebook, SparseCodebook
 from slimtorch.nn import CodebookConv2d, CodebookLinear, PackedLayer, SparseCodebookConv2d, SparseCodebookLinear
 from slimtorch.packing import _Unit, _units
 from slimtorch.prune.mask import mask_of
-from slimtorch.quantize.kmeans import ClusterConfig, KMeans, Uniform, build, check_layer, importance_of, zeros_of
+from slimtorch.quantize.kmeans import (
+    ClusterConfig,
+    KMeans,
+    Uniform,
+    build,
+    check_layer,
+    importance_of,
+    weight_of,
+    zeros_of,
+)
 from slimtorch.report import Table, format_bytes
 
 LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d, PackedLayer)
@@ -192,6 +201,9 @@ def plan_units(
 ) -> tuple[list[_Unit], list[ClusteredLayer]]:
     """The layers that can be converted, those of one weight together; and a report of every layer, in order."""
     dense = [(name, module, ()) for name, module, _ in wanted if not isinstance(module, PackedLayer)]
+    for name, module, _ in dense:
+        if weight_of(module).is_meta:
+            raise ValueError(f"model: layer {name!r}: its weight is on the meta device: there is nothing to cluster")
     units, reports = _units(model, dense, {id(module): [] for _, module, _ in dense})
     known = {report.name: report for report in reports}
     layers: list[ClusteredLayer] = []

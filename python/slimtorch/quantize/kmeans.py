@@ -200,9 +200,7 @@ def importance_of(config: ClusterConfig, module: nn.Module, name: str, weight: T
 def check_layer(name: str, weight: Tensor, config: ClusterConfig) -> None:
     """ValueError, with the layer's name, where the weight cannot be clustered so."""
     problem = None
-    if weight.is_meta:
-        problem = "its weight is on the meta device: there are no values to cluster"
-    elif not bool(weight.isfinite().all()):
+    if not bool(weight.isfinite().all()):
         problem = "its weight holds NaN or infinity; repair it before clustering"
     else:
         try:
