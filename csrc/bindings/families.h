@@ -46,3 +46,16 @@ Tensor linear_cuda(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, 
                    SLIM_OPT bias, int64_t rows, bool relu);
 #endif
 }  // namespace slim::block_sparse
+
+namespace slim::kmeans {
+Tensor kmeans_1d(Tensor values, Tensor centroids, SLIM_OPT importance, int64_t iterations, double tolerance);
+Tensor quantiles_1d(Tensor values, SLIM_OPT importance, int64_t k);
+Tensor assign_1d(Tensor values, Tensor centroids);
+}  // namespace slim::kmeans
+
+namespace slim::huffman {
+Tensor huffman_lengths(Tensor histogram);
+Tensor huffman_size(Tensor histogram);
+Tensor huffman_encode(Tensor symbols);
+Tensor huffman_decode(Tensor blob, int64_t n);
+}  // namespace slim::huffman

@@ -35,6 +35,15 @@ STABLE_TORCH_LIBRARY(slimtorch, m) {
         "-> Tensor");
   m.def("block_sparse_conv2d_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor row_offsets, Tensor? plan, "
         "int[] block_size, " GEOMETRY ") -> Tensor");
+
+  m.def("kmeans_1d(Tensor values, Tensor centroids, Tensor? importance, int iterations, float tolerance) -> Tensor");
+  m.def("quantiles_1d(Tensor values, Tensor? importance, int k) -> Tensor");
+  m.def("assign_1d(Tensor values, Tensor centroids) -> Tensor");
+
+  m.def("huffman_lengths(Tensor histogram) -> Tensor");
+  m.def("huffman_size(Tensor histogram) -> Tensor");
+  m.def("huffman_encode(Tensor symbols) -> Tensor");
+  m.def("huffman_decode(Tensor blob, int n) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(slimtorch, CPU, m) {
@@ -54,6 +63,15 @@ STABLE_TORCH_LIBRARY_IMPL(slimtorch, CPU, m) {
   SLIM_IMPL("block_sparse_conv2d", slim::block_sparse::conv2d);
   m.impl("block_sparse_conv2d_grad_columns", TORCH_BOX(&slim::block_sparse::conv2d_grad_columns));
   m.impl("block_sparse_conv2d_grad_values", TORCH_BOX(&slim::block_sparse::conv2d_grad_values));
+
+  m.impl("kmeans_1d", TORCH_BOX(&slim::kmeans::kmeans_1d));
+  m.impl("quantiles_1d", TORCH_BOX(&slim::kmeans::quantiles_1d));
+  m.impl("assign_1d", TORCH_BOX(&slim::kmeans::assign_1d));
+
+  m.impl("huffman_lengths", TORCH_BOX(&slim::huffman::huffman_lengths));
+  m.impl("huffman_size", TORCH_BOX(&slim::huffman::huffman_size));
+  m.impl("huffman_encode", TORCH_BOX(&slim::huffman::huffman_encode));
+  m.impl("huffman_decode", TORCH_BOX(&slim::huffman::huffman_decode));
 }
 
 #ifdef SLIM_CUDA

@@ -4,6 +4,7 @@
     prune_      which weights, blocks or neurons to keep
     cluster_    weights share few values, in tables that are trained
     pack_       each layer goes to the format that measured fastest, or stays dense
+    save, load  one small file, which loads into a fresh dense model
     measure     parameters, bytes, multiply-accumulates, latency
 
 Formats are in :mod:`slimtorch.formats`, layers in :mod:`slimtorch.nn`, operators in :mod:`slimtorch.ops`.
@@ -19,21 +20,24 @@ except ImportError as error:
         "build it with `pip install .` in the source tree, with the torch that runs it"
     ) from error
 
-from slimtorch import formats, nn, ops, prune, quantize, reference
+from slimtorch import formats, nn, ops, prune, quantize, reference, storage
 from slimtorch.measure import Measurement, measure
 from slimtorch.packing import PackReport, pack_
 from slimtorch.prune import prune_
 from slimtorch.quantize import cluster_
+from slimtorch.storage import FormatError, load, save
 
 __version__: str = _C.version
 
 __all__ = [
     "_C",
+    "FormatError",
     "Measurement",
     "PackReport",
     "__version__",
     "cluster_",
     "formats",
+    "load",
     "measure",
     "nn",
     "ops",
@@ -42,4 +46,6 @@ __all__ = [
     "prune_",
     "quantize",
     "reference",
+    "save",
+    "storage",
 ]
