@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 
 import slimtorch as slim
 from slimtorch.quantize import DeepCompression, KMeans, Stage
-from slimtorch.quantize.deep_compression import coded_layers, dense_bytes, huffman_bits, pruned_bytes
+from slimtorch.quantize.deep_compression import coded_layers, dense_bytes, pruned_bytes
 
 X = torch.randn(128, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 Y = (X[:, 0, :4].sum((1, 2)) > 0).long()
@@ -44,7 +45,7 @@ RECIPE = DeepCompression(
 )
 
 
-def test_the_recipe_runs_all_steps_with_the_users_own_loop() -> None:
+def test_the_recipe_runs_all_steps_with_the_users_own_loop(tmp_path: Path) -> None:
     model = _model()
     _train(model)
     stages: list[Stage] = []
@@ -55,19 +56,22 @@ def test_the_recipe_runs_all_steps_with_the_users_own_loop() -> None:
         kept.append(float((model[3].weight != 0).float().mean()))  # type: ignore[index]
         _train(model)
 
-    report = RECIPE.run(model, fit, _accuracy)
+    report = RECIPE.run(model, fit, _accuracy, path=tmp_path / "small.slim")
     retraining = [Stage("retrain", round, 3) for round in (1, 2, 3)]
     assert stages == [*retraining, Stage("fine-tune", 1, 3)]
     # every round removes the same share of what is left
     for round, share in enumerate(kept[:3], start=1):
         assert share == pytest.approx(0.1 ** (round / 3), abs=1e-3)
     assert [step.name for step in report.steps] == [
-        "dense", "pruned", "P: retrained", "clustered", "P+Q: tables fine-tuned", "P+Q+H: coded"
+        "dense", "pruned", "P: retrained", "clustered", "P+Q: tables fine-tuned", "P+Q+H: file"
     ]  # fmt: skip
     sizes = [step.nbytes for step in report.steps]
     assert sizes == sorted(sizes, reverse=True)
     assert report.ratio == sizes[0] / sizes[-1] > 10
     assert report.steps[-1].accuracy == _accuracy(model)
+    assert sizes[-1] == (tmp_path / "small.slim").stat().st_size
+    loaded = slim.load(tmp_path / "small.slim", _model())
+    assert torch.equal(loaded(X), model(X))
     assert isinstance(model[3], slim.nn.SparseCodebookLinear)
     assert model[0].bits == 6
     assert float((model[3].weight == 0).float().mean()) == pytest.approx(0.9, abs=1e-3)
@@ -115,22 +119,13 @@ def test_sizes_are_counted_as_the_paper_counts_them() -> None:
     assert pruned_bytes(whole) == dense_bytes(whole) == 440  # sparse would be larger
 
 
-def test_huffman_bits_are_those_of_the_best_prefix_code() -> None:
-    assert huffman_bits(torch.tensor([5, 9, 12, 13, 16, 45])) == 224  # Cormen et al., figure 16.5, in hundreds
-    assert huffman_bits(torch.tensor([0, 7])) == 7
-    assert huffman_bits(torch.tensor([0, 0])) == 0
-    counts = torch.randint(1, 1000, (256,), generator=torch.Generator().manual_seed(0))
-    share = counts / counts.sum()
-    entropy = float(-(share * share.log2()).sum() * counts.sum())
-    assert entropy <= huffman_bits(counts) < entropy + int(counts.sum())
-
-
-def test_coded_layers_know_every_format() -> None:
+def test_coded_layers_know_every_format(tmp_path: Path) -> None:
     model = _model()
     slim.cluster_(model, {"0": KMeans(bits=8), "5": KMeans(bits=4)})
-    layers = coded_layers(model)
+    slim.save(model, tmp_path / "m.slim")
+    layers = coded_layers(model, tmp_path / "m.slim")
     assert [layer.name for layer in layers] == ["0", "5"]
-    assert layers[1].index_bits == 0
+    assert layers[1].index_bits == layers[1].index_bits_coded == 0
     assert layers[1].kept == 1
     assert layers[1].coded_bytes <= layers[1].shared_bytes
 

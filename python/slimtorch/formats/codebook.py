@@ -103,6 +103,10 @@ def _centroids(values: Tensor, count: int) -> Tensor:
     return kmeans(values, torch.linspace(float(values.min()), float(values.max()), count, dtype=torch.float64))
 
 
+def _native(values: Tensor) -> bool:
+    return values.device.type == "cpu" and values.numel() > 0 and not torch.compiler.is_compiling()
+
+
 def kmeans(values: Tensor, centroids: Tensor, iterations: int = 300, weights: Tensor | None = None) -> Tensor:
     """Lloyd's iterations in one dimension, on sorted values and their prefix sums; ascending centroids, float64.
 
@@ -113,6 +117,9 @@ def kmeans(values: Tensor, centroids: Tensor, iterations: int = 300, weights: Te
         weights: ``[n]``, not negative: what each value counts in the mean of its cluster; None: all alike. A cluster
             without weight stays where it is.
     """
+    if _native(values):
+        wide, counts = values.flatten().double(), None if weights is None else weights.flatten().double()
+        return torch.ops.slimtorch.kmeans_1d(wide, centroids.double(), counts, iterations, 0.0)
     ordered, order = values.flatten().double().sort()
     counts = torch.ones_like(ordered) if weights is None else weights.flatten().double()[order]
     sums = torch.cat([ordered.new_zeros(1), (ordered * counts).cumsum(0)])
@@ -133,6 +140,8 @@ def kmeans(values: Tensor, centroids: Tensor, iterations: int = 300, weights: Te
 def nearest(values: Tensor, centroids: Tensor) -> Tensor:
     """Index of the nearest of the ascending ``centroids`` for each value, uint8; ties to the lower one."""
     wide = centroids.double()
+    if _native(values):
+        return torch.ops.slimtorch.assign_1d(values.flatten().double(), wide).reshape(values.shape)
     return torch.searchsorted((wide[1:] + wide[:-1]) / 2, values.double().contiguous()).to(torch.uint8)
 
 

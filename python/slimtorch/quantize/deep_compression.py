@@ -8,17 +8,18 @@ The training loop is the user's own. What comes out runs as it is stored: no lay
 
 from __future__ import annotations
 
-import heapq
+import math
+import os
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from slimtorch import _select
+from slimtorch import _select, storage
 from slimtorch.formats import Codebook, SparseCodebook
-from slimtorch.formats._bits import unpack_bits
 from slimtorch.measure import memory_bytes
 from slimtorch.nn import CodebookConv2d, CodebookLinear, SparseCodebookConv2d, SparseCodebookLinear
 from slimtorch.prune import Magnitude, PruneReport, prune_
@@ -27,6 +28,7 @@ from slimtorch.quantize.cluster import ClusterReport, cluster_, resolve
 from slimtorch.quantize.kmeans import ClusterConfig, KMeans, sparse_entries
 from slimtorch.report import Table, format_bytes
 
+Path = str | os.PathLike[str]
 SHARED = (CodebookLinear, CodebookConv2d, SparseCodebookLinear, SparseCodebookConv2d)
 
 
@@ -53,8 +55,7 @@ class DeepCompression:
     """The recipe of Deep Compression, as a whole (:meth:`run`) and in steps.
 
         recipe = DeepCompression(sparsity={"fc1": 0.92, "fc2": 0.91, "fc3": 0.74}, cluster=KMeans(bits=6))
-        report = recipe.run(model, fit, accuracy)          # fit(model, stage) is any training loop
-        slim.save(model, "small.slim")
+        report = recipe.run(model, fit, accuracy, path="small.slim")      # fit(model, stage): any training loop
 
     is the same as
 
@@ -110,7 +111,12 @@ class DeepCompression:
         return cluster_(model, self.cluster)
 
     def run(
-        self, model: nn.Module, fit: Fit, accuracy: Callable[[nn.Module], float] | None = None
+        self,
+        model: nn.Module,
+        fit: Fit,
+        accuracy: Callable[[nn.Module], float] | None = None,
+        *,
+        path: Path | None = None,
     ) -> CompressionReport:
         """All steps, in place.
 
@@ -119,6 +125,7 @@ class DeepCompression:
             fit: ``fit(model, stage)`` trains the model in place, in any way. It is called ``rounds`` times with
                 ``stage.name == "retrain"`` and once with "fine-tune"; **it must make a new optimizer each time**.
             accuracy: ``accuracy(model) -> share in [0, 1]``, on held-out data; None leaves errors out of the report.
+            path: where :func:`slimtorch.save` puts the file; None: nothing is left but its size.
 
         Returns:
             Sizes and errors after each step, and the numbers of each layer; prints as two tables in the paper's form.
@@ -150,9 +157,13 @@ class DeepCompression:
         steps.append(Step("clustered", memory_bytes(model), share()))
         fit(model, Stage("fine-tune", 1, self.rounds))
         steps.append(Step("P+Q: tables fine-tuned", memory_bytes(model), share()))
+        with tempfile.TemporaryDirectory() as folder:
+            file = os.path.join(folder, "model.slim") if path is None else path
+            size = storage.save(model, file)
+            layers = coded_layers(model, file)
         # Coding loses nothing: the same weights, the same predictions.
-        steps.append(Step("P+Q+H: coded", coded_bytes(model), steps[-1].accuracy))
-        return CompressionReport(steps, coded_layers(model), pruned, clustered)
+        steps.append(Step("P+Q+H: file", size, steps[-1].accuracy))
+        return CompressionReport(steps, layers, pruned, clustered)
 
 
 @dataclass(frozen=True)
@@ -160,7 +171,7 @@ class Step:
     """The model after one step.
 
     Attributes:
-        name: "dense", "pruned", "P: retrained", "clustered", "P+Q: tables fine-tuned", "P+Q+H: coded".
+        name: "dense", "pruned", "P: retrained", "clustered", "P+Q: tables fine-tuned", "P+Q+H: file".
         nbytes: size after it.
         accuracy: on the user's data, in [0, 1], or None.
     """
@@ -184,7 +195,7 @@ class CodedLayer:
         index_bits_coded: the same, Huffman coded, on average (P+Q+H).
         dense_bytes: 4 for each weight.
         shared_bytes: of tables, indices and positions (P+Q).
-        coded_bytes: of the same, Huffman coded (P+Q+H).
+        coded_bytes: of the same in the file (P+Q+H).
     """
 
     name: str
@@ -217,7 +228,7 @@ class CompressionReport:
 
     @property
     def ratio(self) -> float:
-        """Dense bytes over coded bytes."""
+        """Dense bytes over bytes of the file."""
         return self.steps[0].nbytes / self.steps[-1].nbytes
 
     def table(self) -> Table:
@@ -229,7 +240,7 @@ class CompressionReport:
             rows.append([step.name, error, format_bytes(step.nbytes), f"{dense / step.nbytes:.1f}x"])
         notes = [
             "P: a float32 and a position (5 bits in linear layers, 8 in convolutions, fillers counted) per weight",
-            "P+Q: in memory, as it runs; P+Q+H: indices and gaps Huffman coded; biases are float32 throughout",
+            "P+Q: in memory, as it runs; P+Q+H: the whole file; biases are float32 throughout",
         ]
         return Table("Deep Compression", ["step", "test error", "size", "rate"], rows, notes)
 
@@ -299,54 +310,19 @@ def pruned_bytes(model: nn.Module) -> int:
     return total
 
 
-def huffman_bits(counts: Tensor) -> int:
-    """Bits of an optimal prefix code for symbols that occur ``counts`` times; a lone symbol takes one bit each time."""
-    heap = [int(count) for count in counts.tolist() if count > 0]
-    if len(heap) == 1:
-        return heap[0]
-    heapq.heapify(heap)
-    total = 0
-    while len(heap) > 1:
-        pair = heapq.heappop(heap) + heapq.heappop(heap)
-        total += pair
-        heapq.heappush(heap, pair)
-    return total
-
-
-def _coded_bits(numbers: Tensor, bits: int) -> int:
-    """Bits of a section: coded, with a code length for each symbol, or as it is, whichever is less."""
-    coded = huffman_bits(torch.bincount(numbers.long(), minlength=1)) + 4 * (1 << bits)
-    return min(coded, bits * numbers.numel())
-
-
-def coded_layers(model: nn.Module) -> list[CodedLayer]:
-    """The numbers of each layer with shared weights, in the model's order."""
-    return [_coded_layer(name, m) for name, m in model.named_modules() if isinstance(m, SHARED)]
+def coded_layers(model: nn.Module, path: Path) -> list[CodedLayer]:
+    """The numbers of each layer with shared weights, in the model's order, from the model and its ``.slim`` file."""
+    stored = {layer.name: layer for layer in storage.inspect(path).layers}
+    return [_coded_layer(name, m, stored[name]) for name, m in model.named_modules() if isinstance(m, SHARED)]
 
 
 @torch.no_grad()
-def _coded_layer(name: str, module: nn.Module) -> CodedLayer:
+def _coded_layer(name: str, module: nn.Module, stored: storage.LayerReport) -> CodedLayer:
     held = cast("Codebook | SparseCodebook", cast(Any, module).format)
-    weights = 1
-    for size in held.shape:
-        weights *= size
+    weights = math.prod(held.shape)
     kept = int(torch.count_nonzero(held.to_dense())) / max(1, weights)
-    tables = held.codebook.numel() * held.codebook.element_size()
-    if isinstance(held, Codebook):
-        entries, codes, gap_bits, gap_bits_coded, rows = weights, held.indices().reshape(-1), 0.0, 0.0, 0
-    else:
-        entries = held.gaps.numel()
-        codes = unpack_bits(held.codes, held.bits, entries)
-        gap_bits, gap_bits_coded = 8.0, _coded_bits(held.gaps, 8) / max(1, entries)
-        rows = held.row_offsets.numel()
-    code_bits_coded = _coded_bits(codes, held.bits) / max(1, entries)
-    # Of the row starts, the file needs the number of entries of each row: two bytes at most here.
-    coded = (code_bits_coded + gap_bits_coded) * entries / 8 + tables + 2 * rows
-    bits = (float(held.bits), code_bits_coded, gap_bits, gap_bits_coded)
-    return CodedLayer(name, weights, kept, *bits, 4 * weights, held.nbytes, round(coded))
-
-
-def coded_bytes(model: nn.Module) -> int:
-    """The model with the indices and gaps of its shared weights Huffman coded, everything else as it is in memory."""
-    saved = sum(layer.shared_bytes - layer.coded_bytes for layer in coded_layers(model))
-    return memory_bytes(model) - saved
+    sparse = isinstance(held, SparseCodebook)
+    entries = max(1, held.gaps.numel() if isinstance(held, SparseCodebook) else weights)
+    sizes = {tensor.name: tensor.stored_bytes for tensor in stored.tensors if tensor.name != "bias"}
+    bits = (float(held.bits), 8 * sizes["codes"] / entries, 8.0 * sparse, 8 * sizes.get("gaps", 0) / entries)
+    return CodedLayer(name, weights, kept, *bits, 4 * weights, held.nbytes, sum(sizes.values()))
