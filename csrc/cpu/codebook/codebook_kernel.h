@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // The idea: the weight stays a stream of indices until it is needed, and how often a decoded entry is used decides how.
 //
-//   few rows of x     a row of W is a dot product along k: 32 indices become table entries in registers and are multiplied
-//                     there, by up to four rows of x. Bound by the shuffles of the look-up (codebook_lookup.h): for 4
-//                     bits on AVX2, 13 for 32 weights at two a cycle.
+//   few rows of x     a row of W is a dot product along k: 32 indices become table entries in registers and meet up to
+//                     four rows of x there. Bound by the shuffles of the look-up (codebook_lookup.h): for 4 bits on
+//                     AVX2, 13 for 32 weights at two a cycle.
 //   more, and images  a few rows of a k block are decoded to a scratch of 12 KB in the first-level cache, and a dense
 //                     register tile runs over all columns of the group:
 //
 //                       acc[i][0 … ]  +=  broadcast(scratch[i][k])  *  panel[k][0 … ]       i < R
 //
-//                     with R * vectors = 12 sums in 16 registers. Bound by the FMAs; decoding a weight costs about as much
-//                     as five columns.
+//                     with R * vectors = 12 sums in 16 registers. Bound by the FMAs; decoding a weight costs about as
+//                     much as five columns.
 //
 // Streams are used where they are if a row starts on a whole byte; otherwise it is shifted into a scratch first.
 #pragma once
@@ -39,7 +39,7 @@ constexpr int64_t kAccumulatorBytes = 1 << 18;
 SLIM_INLINE int64_t table_entries(const Weight& w) { return max_of<int64_t>(16, int64_t(1) << w.bits); }
 SLIM_INLINE int64_t stream_scratch_bytes(const Weight& w) { return align64((w.width * w.bits >> 3) + 64); }
 
-// All tables that rows share, or that of one row: values in the type that sums are kept in, and as a look-up wants them.
+// All tables that rows share, or that of one row: values in the type of sums, and as a look-up wants them.
 template <class T>
 struct Tables {
   T *values, *prepared;
