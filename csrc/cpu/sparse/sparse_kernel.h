@@ -9,7 +9,7 @@
 // (vectors + 2) / 2 cycles or vectors / 2 FMAs, whichever is more, plus two accesses per vector and segment.
 #pragma once
 
-#include "cpu/common/columns.h"
+#include "cpu/common/segments.h"
 #include "cpu/sparse/sparse.h"
 
 namespace slim::cpu::SLIM_ISA {
@@ -19,14 +19,6 @@ namespace sp {
 using sparse::Params;
 using sparse::Plan;
 using sparse::Segment;
-
-template <bool kTable, class T>
-SLIM_INLINE const T* row_of(const Lowered<T>& x, const char* base, uint16_t column) {
-  if constexpr (kTable)
-    return reinterpret_cast<const T*>(base + x.table[column]);
-  else
-    return reinterpret_cast<const T*>(base + int64_t(column) * x.pitch);
-}
 
 // kSets sets of accumulators take turns where one row has too few vectors to hide the latency of an FMA.
 template <class T, bool kTable, int kVectors, int kSets>
@@ -101,8 +93,6 @@ SLIM_INLINE void two_segments(const T* values, const uint16_t* columns, const Se
   }
 }
 
-constexpr int sets_for(int vectors) { return vectors == 1 ? 4 : vectors == 2 ? 4 : vectors <= 5 ? 2 : 1; }
-
 template <class T, bool kTable, int kVectors>
 void run_segments(const T* values, const uint16_t* columns, const Segment* s, const Segment* end, const Lowered<T>& x,
                   const char* base, T* acc) {
@@ -140,21 +130,8 @@ void run_tile(int vectors, const T* values, const uint16_t* columns, const Segme
   }
 }
 
-// First row block of range `i` of `ranges`: equal shares of the nonzeros, and of the rows, whose outputs cost too.
 SLIM_INLINE int64_t range_start(const Plan& plan, int64_t i, int64_t ranges) {
-  const int64_t blocks = plan.header->row_blocks, rows = plan.header->rows, nnz = plan.header->nnz;
-  if (i <= 0) return 0;
-  if (i >= ranges) return blocks;
-  const double target = double(nnz + 2 * rows) * double(i) / double(ranges);
-  int64_t low = 0, high = blocks;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2, row = middle * sparse::kRowBlock;
-    if (double(plan.row_offsets[row]) + 2 * double(row) < target)
-      low = middle + 1;
-    else
-      high = middle;
-  }
-  return low;
+  return cpu::SLIM_ISA::range_start(plan.row_offsets, plan.header->rows, sparse::kRowBlock, i, ranges);
 }
 
 // Row blocks that are worked on at once, while the k blocks go by: their accumulators stay in the second level, and their

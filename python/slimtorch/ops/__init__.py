@@ -3,5 +3,13 @@
 
 from slimtorch.ops.block_sparse import block_sparse_conv2d, block_sparse_linear
 from slimtorch.ops.sparse import sparse_conv2d, sparse_linear
+from slimtorch.ops.sparse_codebook import sparse_codebook_conv2d, sparse_codebook_linear
 
-__all__ = ["block_sparse_conv2d", "block_sparse_linear", "sparse_conv2d", "sparse_linear"]
+__all__ = [
+    "block_sparse_conv2d",
+    "block_sparse_linear",
+    "sparse_codebook_conv2d",
+    "sparse_codebook_linear",
+    "sparse_conv2d",
+    "sparse_linear",
+]
