@@ -33,8 +33,8 @@ class Binary:
         """The signs of ``dense`` (``[out, in]`` or ``[out, in / groups, kh, kw]``); 0 counts as +1.
 
         Args:
-            scale: scale each row by the mean of its magnitudes, which is nearest to ``dense`` in the least-squares sense;
-                exact where all magnitudes of a row are equal. Otherwise the scale is 1.
+            scale: scale each row by the mean of its magnitudes, which is nearest to ``dense`` in the least-squares
+                sense; exact where all magnitudes of a row are equal. Otherwise the scale is 1.
 
         Raises:
             TypeError: ``dense`` is no floating-point tensor.

@@ -120,7 +120,7 @@ class SparseCodebook:
         codes = torch.zeros(entries, dtype=torch.uint8, device=columns.device)
         codes[last] = indices.to(torch.uint8)
         offsets = torch.zeros(count + 1, dtype=torch.int32, device=columns.device)
-        offsets[1:] = torch.cumsum(torch.zeros(count, dtype=torch.int64, device=rows.device).index_add(0, rows, skips + 1), 0)
+        offsets[1:] = torch.cumsum(rows.new_zeros(count).index_add(0, rows, skips + 1), 0)
         return cls(codebook, pack_bits(codes, bits), gaps, offsets, tuple(shape), bits, group_size)
 
     def validate(self) -> SparseCodebook:
