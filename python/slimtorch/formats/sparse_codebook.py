@@ -43,7 +43,7 @@ class SparseCodebook:
     group_size: GroupSize = None
     # Execution plans, by groups, and the positions as CSR: derived from the gaps alone, so no change of the tables can make
     # one stale.
-    _plans: dict[object, Any] = field(default_factory=dict, repr=False)
+    _plans: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def pack(cls, dense: Tensor, bits: int = 4, group_size: GroupSize = None) -> SparseCodebook:
