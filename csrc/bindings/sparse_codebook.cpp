@@ -105,7 +105,7 @@ class PlanHolder {
 void run_forward(Params& p, const Tensor& codebook) {
   const Kernels& k = kernels();
   const double flops = 2.0 * double(p.w.entries) * double(columns_of(p.a));
-  p.codebook = p.dot ? codebook.const_data_ptr() : compute_values(codebook, p.a.dtype, nullptr);
+  p.codebook = compute_values(codebook, p.a.dtype, nullptr);
   const int64_t groups = k.group_count(p);
   p.ranges = row_ranges(groups, (p.w.rows + kRowBlock - 1) / kRowBlock, flops);
   run_tasks(groups * p.ranges, checked_workspace(p.a, k.workspace_bytes(p)), flops,
@@ -190,7 +190,6 @@ Tensor linear(Tensor x, Tensor codebook, Tensor codes, Tensor gaps, Tensor row_o
   Tensor y = like(x, sizes);
   p.plan = *holder;
   p.a = linear_activations(x, x.const_data_ptr(), y.mutable_data_ptr(), p.w.width, p.w.rows, bias, relu);
-  p.dot = p.a.m == 1;
   run_forward(p, codebook);
   return y;
 }

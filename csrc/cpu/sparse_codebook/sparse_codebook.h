@@ -11,8 +11,7 @@ struct Params {
   Activations a;
   Weight w;
   Plan plan;
-  const void* codebook;  // [tables, 2**bits] of a.dtype if `dot`, else of the type sums are kept in
-  bool dot;              // one column: read the activations where they are
+  const void* codebook;  // [tables, 2**bits] of the type sums are kept in
   int64_t ranges;        // the rows are cut into this many ranges of about equal work; tasks = ranges * groups
 };
 

@@ -97,7 +97,7 @@ int64_t choose_k_block(const Weight& w, int64_t taps) {
   const int64_t units = std::max<int64_t>(1, (width + taps - 1) / taps);
   const int64_t per_block = std::max<int64_t>(1, target / taps);
   const int64_t blocks = (units + per_block - 1) / per_block;
-  return (units + blocks - 1) / blocks * taps;
+  return std::min<int64_t>((units + blocks - 1) / blocks * taps, 65535);
 }
 
 int64_t plan_capacity(const Weight& w, int64_t k_block) {
@@ -145,6 +145,7 @@ const char* build_plan(const Weight& w, int64_t k_block, void* blob, int64_t* by
       const int64_t limit = (kb + 1) * k_block;
       cells[block * h.k_blocks + kb] = uint32_t(written);
       turns.clear();
+      int64_t entries = 0;
       for (int64_t r = row0; r < row1; ++r) {
         Cursor& c = cursors[r - row0];
         const int64_t first = c.entry;
@@ -152,9 +153,12 @@ const char* build_plan(const Weight& w, int64_t k_block, void* blob, int64_t* by
           c.entry = c.weight + 1;
           next_weight(c, w.row_offsets[r + 1]);
         }
+        entries += c.entry - first;
         for (int64_t left = c.entry - first; left > 0; left -= kMostInRun)
           turns.push_back({uint8_t(r - row0), uint8_t(std::min(left, kMostInRun))});
       }
+      h.most_entries = std::max(h.most_entries, entries);
+      h.most_turns = std::max(h.most_turns, int64_t(turns.size()));
       written += write_runs(turns, &sorted, runs + written);
       if (written > UINT32_MAX - 4 * kRowBlock * kMostInRun) return "row_offsets: a plan takes less than 4 GiB";
     }

@@ -36,6 +36,7 @@ struct PlanHeader {
   uint32_t reserved;
   int64_t rows, width, entries;  // width over all groups
   int64_t k_block, k_blocks, row_blocks;
+  int64_t most_entries, most_turns;  // of a cell
   int64_t cells_at, runs_at, bytes;
 };
 
