@@ -49,9 +49,7 @@ Weight positions_of(const Tensor& gaps, const Tensor& row_offsets, int64_t width
 }
 
 void check_tables(const Tensor& tables, const Weight& w, const char* name) {
-  const int64_t count = w.group_size == 0  ? 1
-                        : w.group_size < 0 ? w.rows
-                                           : (w.width + w.group_size - 1) / w.group_size;
+  const int64_t count = w.group_size == 0 ? 1 : w.group_size < 0 ? w.rows : (w.width + w.group_size - 1) / w.group_size;
   STD_TORCH_CHECK(tables.dim() == 2 && tables.size(0) == count && tables.size(1) == int64_t(1) << w.bits, name,
                   ": expected shape [tables, 2**bits]");
 }

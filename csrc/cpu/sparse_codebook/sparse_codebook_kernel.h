@@ -48,7 +48,7 @@ struct Decoder {
   int64_t row_tables;  // elements from a row's table to the next row's; 0 if they share
   uint64_t group;      // ceil(2**63 / group size), if tables belong to groups of columns
   Words shifts;
-  const C* table;    // of the row
+  const C* table;       // of the row
   Vec<C, 8> low, high;  // of the row, if permuted
 
   explicit Decoder(const Params& p) {
@@ -202,9 +202,9 @@ SLIM_INLINE int64_t distance(const uint8_t* gaps, int64_t count) {
 
 // Decodes one cell of the plan. row0 is the first row of its block, k0 the first column of its k block.
 template <class T, Tables kTables>
-SLIM_INLINE Segment* decode_cell(const Decoder<T, kTables>& decoder, const Params& p, const uint8_t* run, const uint8_t* end,
-                                 Cursor* cursors, int64_t row0, int64_t k0, T* values, uint16_t* columns,
-                                 Segment* segments) {
+SLIM_INLINE Segment* decode_cell(const Decoder<T, kTables>& decoder, const Params& p, const uint8_t* run,
+                                 const uint8_t* end, Cursor* cursors, int64_t row0, int64_t k0, T* values,
+                                 uint16_t* columns, Segment* segments) {
   Decoder<T, kTables> d = decoder;  // in registers: what is written might alias the other
   const int64_t per_group = p.w.rows / p.w.groups;
   Segment* to = segments;
@@ -422,8 +422,7 @@ void forward_rows(const Params& p, int64_t task, void* workspace) {
     const int64_t row0 = b * kRowBlock, rows = min_of(p.w.rows - row0, kRowBlock);
     for (int64_t n = 0; n < rows; ++n) {
       const T bias = p.a.bias ? bias_at<Source>(p.a.bias, row0 + n) : T(0);
-      for (int v = 0; v < vectors; ++v)
-        store(acc + n * Simd<T>::kPanel + v * Simd<T>::kLanes, broadcast<V>(bias));
+      for (int v = 0; v < vectors; ++v) store(acc + n * Simd<T>::kPanel + v * Simd<T>::kLanes, broadcast<V>(bias));
     }
     if (vectors == 1)
       whole_rows<T, kTables, 1>(decoder, p.w.row_offsets, row0, rows, x, acc);

@@ -44,9 +44,8 @@ void sum_as(const Weight& w, const T* values, double* sums) {
 
 template <class T>
 void decode_as(const Weight& w, const void* codebook, void* values) {
-  for_each_weight(w, [&](int64_t index, int64_t i) {
-    static_cast<T*>(values)[i] = static_cast<const T*>(codebook)[index];
-  });
+  for_each_weight(
+      w, [&](int64_t index, int64_t i) { static_cast<T*>(values)[i] = static_cast<const T*>(codebook)[index]; });
 }
 
 // A turn of a row in a cell: `count` of its entries, those at which its cursor stands.
@@ -182,9 +181,7 @@ bool view_plan(const void* blob, int64_t bytes, const Weight& w, Plan* plan) {
   return true;
 }
 
-int64_t count_weights(const Weight& w) {
-  return w.entries - std::count(w.gaps, w.gaps + w.entries, uint8_t(kSkip));
-}
+int64_t count_weights(const Weight& w) { return w.entries - std::count(w.gaps, w.gaps + w.entries, uint8_t(kSkip)); }
 
 void positions(const Weight& w, int32_t* columns, int32_t* offsets) {
   int64_t number = 0;

@@ -41,8 +41,8 @@ class SparseCodebook:
     shape: tuple[int, ...]
     bits: int = 4
     group_size: GroupSize = None
-    # Execution plans, by groups, and the positions as CSR: derived from the gaps alone, so no change of the tables can make
-    # one stale.
+    # Execution plans, by groups, and the positions as CSR: derived from the gaps alone, so no change of the tables can
+    # make one stale.
     _plans: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -196,8 +196,8 @@ class SparseCodebook:
     def plan(self, groups: int = 1) -> Tensor | None:
         """How the CPU kernels walk the entries (opaque bytes): derived once, cached, never saved.
 
-        About a byte for each row and 160 columns, whatever the density. None while a graph is being traced and nothing is
-        cached (the kernel then derives it at every call), and on devices other than the CPU.
+        About a byte for each row and 160 columns, whatever the density. None while a graph is being traced and nothing
+        is cached (the kernel then derives it at every call), and on devices other than the CPU.
 
         Raises:
             TypeError, ValueError: the format breaks an invariant (see ``validate``); checked before the first plan.
@@ -219,8 +219,8 @@ class SparseCodebook:
     def csr(self) -> Sparse | None:
         """The positions as compressed sparse rows, with values of no meaning: what gradients are computed with.
 
-        Derived once, cached, never saved; six bytes and more for each weight, so only training asks for it. None while a
-        graph is being traced and nothing is cached, and on devices other than the CPU.
+        Derived once, cached, never saved; six bytes and more for each weight, so only training asks for it. None while
+        a graph is being traced and nothing is cached, and on devices other than the CPU.
 
         Raises:
             TypeError, ValueError: the format breaks an invariant (see ``validate``).

@@ -196,7 +196,8 @@ _STORED = ("codebook", "codes", "gaps", "row_offsets")
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, codebook, codes, gaps, row_offsets, _, columns, offsets, forward_plan, backward_plan, bits, group_size, _, *rest = inputs
+    x, codebook, codes, gaps, row_offsets, _, columns, offsets, forward_plan, backward_plan, *rest = inputs
+    bits, group_size, _, *rest = rest
     common.save(
         ctx, x=x if ctx.needs_input_grad[1] else None, codebook=codebook, codes=codes, gaps=gaps,
         row_offsets=row_offsets, columns=columns, offsets=offsets, forward_plan=forward_plan,
