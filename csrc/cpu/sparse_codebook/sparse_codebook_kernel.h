@@ -22,12 +22,13 @@ using sparse_codebook::kRowBlock;
 using sparse_codebook::kSkip;
 using sparse_codebook::Params;
 
-// Eight gaps at once: whether one of them is a skip.
-SLIM_INLINE bool any_skip(const uint8_t* gaps) {
+// Eight gaps at once: not 0 if one of them is a skip.
+SLIM_INLINE uint64_t skips_in(const uint8_t* gaps) {
   uint64_t g;
   __builtin_memcpy(&g, gaps, 8);
-  return ((~g - 0x0101010101010101u) & g & 0x8080808080808080u) != 0;
+  return (~g - 0x0101010101010101u) & g & 0x8080808080808080u;
 }
+SLIM_INLINE bool any_skip(const uint8_t* gaps) { return skips_in(gaps) != 0; }
 
 // How a weight finds its table.
 enum class Tables { permuted, shared, grouped };  // in two registers; in memory, of the row; in memory, of the column
@@ -156,6 +157,20 @@ struct Decoder {
     return 1;
   }
 
+  // As `run`, for entries without a skip: without a look at what comes. False if there was one, or the end of the
+  // streams is near, or nearby columns might have no table: then nothing counts of what was written.
+  SLIM_INLINE bool run_weights(int64_t entry, int64_t count, uint16_t last, C* values, uint16_t* columns) const {
+    if (kTables == Tables::grouped || entry + count > safe) return false;
+    Columns all = last - Columns{};
+    uint64_t skips = 0;
+    for (int64_t i = 0; i < count; i += 8) {
+      skips |= skips_in(gaps + entry + i);
+      columns_at(entry + i, all, columns + i);
+      values_at(entry + i, columns + i, 0, values + i);
+    }
+    return skips == 0;
+  }
+
   // Decodes `count` entries from `entry` on; returns how many weights they hold. Columns count from the start of the k
   // block, modulo 2**16: `last` is that of the weight before. With `origin` added they count from the start of the row's
   // group of the convolution. Up to seven values and columns more than that may be written over.
@@ -218,8 +233,10 @@ SLIM_INLINE Segment* decode_cell(const Decoder<T, kTables>& decoder, const Param
       d.begin_another(row0 + row);
       int64_t origin = 0;
       if constexpr (kTables == Tables::grouped) origin = k0 - (row0 + row) / per_group * p.w.width;
-      const int64_t weights =
-          d.run(c.entry, count, uint16_t(c.column - k0), origin, values + written, columns + written);
+      const uint16_t last = uint16_t(c.column - k0);
+      int64_t weights = count;
+      if (__builtin_expect(!d.run_weights(c.entry, count, last, values + written, columns + written), 0))
+        weights = d.run(c.entry, count, last, origin, values + written, columns + written);
       if (__builtin_expect(weights == count, 1))
         c.column = int32_t(k0 + columns[written + weights - 1]);
       else
