@@ -28,7 +28,6 @@ from slimtorch.prune import prune_
 from slimtorch.quantize import binarize_, cluster_
 from slimtorch.storage import FormatError, load, save
 
-
 __version__: str = _C.version
 
 __all__ = [
@@ -38,6 +37,7 @@ __all__ = [
     "PackReport",
     "__version__",
     "binarize_",
+    "cluster_",
     "formats",
     "load",
     "measure",
