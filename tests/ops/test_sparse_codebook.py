@@ -35,7 +35,7 @@ def make(
     draw = torch.Generator().manual_seed(seed)
     shape = tuple(pattern.shape)
     codebook = torch.randn(table_count(shape, group_size), 1 << bits, generator=draw).to(dtype)
-    rows, columns = pattern.reshape(shape[0], -1).nonzero().unbind(1)
+    rows, columns = pattern.reshape(shape[0], math.prod(shape[1:])).nonzero().unbind(1)
     indices = torch.randint(0, 1 << bits, rows.shape, dtype=torch.uint8, generator=draw)
     return SparseCodebook.from_positions(codebook, indices, rows, columns, shape, group_size)
 
