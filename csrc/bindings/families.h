@@ -2,6 +2,8 @@
 // The functions behind the schemas in library.cpp, one namespace per family.
 #pragma once
 
+#include <tuple>
+
 #include "bindings/common.h"
 
 #define SLIM_OPT std::optional<Tensor>
@@ -69,3 +71,17 @@ Tensor huffman_size(Tensor histogram);
 Tensor huffman_encode(Tensor symbols);
 Tensor huffman_decode(Tensor blob, int64_t n);
 }  // namespace slim::huffman
+
+#define SLIM_STORED Tensor codebook, Tensor codes, Tensor gaps, Tensor row_offsets
+
+namespace slim::sparse_codebook {
+Tensor plan(Tensor gaps, Tensor row_offsets, int64_t width, int64_t groups, int64_t taps);
+std::tuple<Tensor, Tensor> positions(Tensor gaps, Tensor row_offsets, int64_t width);
+Tensor decode(SLIM_STORED, Tensor columns, int64_t width, int64_t bits, int64_t group_size);
+Tensor sum_members(Tensor values, SLIM_STORED, int64_t width, int64_t bits, int64_t group_size);
+Tensor linear(Tensor x, SLIM_STORED, SLIM_OPT plan, SLIM_OPT columns, SLIM_OPT offsets, SLIM_OPT forward_plan,
+              SLIM_OPT backward_plan, int64_t bits, int64_t group_size, SLIM_OPT bias, bool relu);
+Tensor conv2d(Tensor x, SLIM_STORED, SLIM_OPT plan, SLIM_OPT columns, SLIM_OPT offsets, SLIM_OPT forward_plan,
+              SLIM_OPT backward_plan, int64_t bits, int64_t group_size, SLIM_OPT bias, SLIM_INTS kernel,
+              SLIM_INTS stride, SLIM_INTS padding, SLIM_INTS dilation, int64_t groups, bool relu);
+}  // namespace slim::sparse_codebook

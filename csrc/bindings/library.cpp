@@ -5,6 +5,8 @@
 #define WEIGHT "Tensor values, Tensor columns, Tensor row_offsets"
 #define PLANS "Tensor? plan, Tensor? backward_plan"
 #define TABLES "int bits, int group_size, bool zero"
+#define STORED "Tensor codebook, Tensor codes, Tensor gaps, Tensor row_offsets"
+#define CSR "Tensor? columns, Tensor? offsets, Tensor? forward_plan, Tensor? backward_plan"
 #define GEOMETRY "int[] kernel, int[] stride, int[] padding, int[] dilation, int groups"
 
 // A forward operator and the same without a derivative, named _inference: autograd's wrapper costs as much as a small layer.
@@ -52,6 +54,15 @@ STABLE_TORCH_LIBRARY(slimtorch, m) {
   m.def("huffman_size(Tensor histogram) -> Tensor");
   m.def("huffman_encode(Tensor symbols) -> Tensor");
   m.def("huffman_decode(Tensor blob, int n) -> Tensor");
+
+  m.def("sparse_codebook_plan(Tensor gaps, Tensor row_offsets, int width, int groups, int taps) -> Tensor");
+  m.def("sparse_codebook_positions(Tensor gaps, Tensor row_offsets, int width) -> (Tensor, Tensor)");
+  m.def("sparse_codebook_decode(" STORED ", Tensor columns, int width, int bits, int group_size) -> Tensor");
+  m.def("sparse_codebook_sum_members(Tensor values, " STORED ", int width, int bits, int group_size) -> Tensor");
+  SLIM_DEF("sparse_codebook_linear", "(Tensor x, " STORED ", Tensor? plan, " CSR ", int bits, int group_size, "
+                                     "Tensor? bias, bool relu) -> Tensor");
+  SLIM_DEF("sparse_codebook_conv2d", "(Tensor x, " STORED ", Tensor? plan, " CSR ", int bits, int group_size, "
+                                     "Tensor? bias, " GEOMETRY ", bool relu) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(slimtorch, CPU, m) {
@@ -85,6 +96,13 @@ STABLE_TORCH_LIBRARY_IMPL(slimtorch, CPU, m) {
   m.impl("huffman_size", TORCH_BOX(&slim::huffman::huffman_size));
   m.impl("huffman_encode", TORCH_BOX(&slim::huffman::huffman_encode));
   m.impl("huffman_decode", TORCH_BOX(&slim::huffman::huffman_decode));
+
+  m.impl("sparse_codebook_plan", TORCH_BOX(&slim::sparse_codebook::plan));
+  m.impl("sparse_codebook_positions", TORCH_BOX(&slim::sparse_codebook::positions));
+  m.impl("sparse_codebook_decode", TORCH_BOX(&slim::sparse_codebook::decode));
+  m.impl("sparse_codebook_sum_members", TORCH_BOX(&slim::sparse_codebook::sum_members));
+  SLIM_IMPL("sparse_codebook_linear", slim::sparse_codebook::linear);
+  SLIM_IMPL("sparse_codebook_conv2d", slim::sparse_codebook::conv2d);
 }
 
 #ifdef SLIM_CUDA
