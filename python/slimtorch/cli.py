@@ -209,6 +209,49 @@ def _compare_layers(
     _print(console, result.tables(), out, json_file)
 
 
+@app.command()
+def experiment(
+    name: Annotated[str | None, typer.Argument(help="Which experiment; without it, the list of them.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the report; an interrupted run goes on from here [default: slimtorch-NAME]"),
+    ] = None,
+    json_file: Json = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Under 40 seconds: fewer seeds, less training.")] = False,
+    seeds: Annotated[int | None, typer.Option(help="Training seeds [default: the experiment's own]", min=1)] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder with MNIST's or CIFAR-10's files [default: 5,000 real digits that need no download]"),
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads of torch while timing.", min=1)] = 1,
+) -> None:
+    """Repeat what a paper claims, at small scale on real data, and measure what it left out.
+
+    Prints tables, and writes report.html, results.json and the plots into the folder given by --out. Training keeps
+    every finished network there: run the same command again after an interrupt.
+    """
+    from slimtorch.experiments import catalogue
+
+    if name is None:
+        for known, (_, about) in catalogue.EXPERIMENTS.items():
+            typer.echo(f"{known:<20}{about}")
+        return
+    try:
+        with _plain_errors():
+            chosen = catalogue.find(name)
+            folder = out or Path(f"slimtorch-{name}")
+            console, progress = _console()
+            with progress as show:
+                result = chosen.run(catalogue.Settings(quick, seeds, data, threads), folder, show)
+                show("report", 0, 1)
+                _save(folder, json_file, result.title, result.lead, result.tables, result.figures, [], result.data)
+                show("report", 1, 1)
+            _print(console, result.tables, folder, json_file)
+    except KeyboardInterrupt:
+        typer.echo("interrupted: what is finished is kept, the same command goes on from there", err=True)
+        raise typer.Exit(130) from None
+
+
 def _console() -> tuple[Console, Any]:
     """A console for the tables, and a context manager that gives ``show(stage, done, total)``: one bar per stage."""
     from rich.console import Console

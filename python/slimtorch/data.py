@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real digits that the experiments train on: 5,000 MNIST images that need no download."""
+"""The real digits that the experiments train on: 5,000 MNIST images that need no download; full data sets from disk."""
 
 from __future__ import annotations
 
+import gzip
+import struct
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +19,7 @@ _SPLIT_SEED = 0
 
 @dataclass(frozen=True)
 class Split:
-    """``images`` float32 [N, 1, 28, 28], normalised; ``labels`` int64 [N]."""
+    """``images`` float32 [N, C, H, W] ([N, 1, 28, 28] for digits), normalised; ``labels`` int64 [N]."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -80,3 +83,71 @@ def digits(train: int = 3500, validation: int = 500, test: int = 1000) -> Digits
         parts.append(Split((pixels / 255.0 - MEAN) / STD, torch.from_numpy(labels[chosen])))
         start += share
     return Digits(train=parts[2], validation=parts[1], test=parts[0])
+
+
+def load_folder(folder: Path) -> Digits:
+    """MNIST or CIFAR-10 from files on disk, in their own split; the last 10,000 training images are for validation.
+
+    Args:
+        folder: holds MNIST's four ``…-ubyte`` files (plain or ``.gz``), or CIFAR-10's binary version
+            (``data_batch_1.bin`` …, ``test_batch.bin``), right there or in a folder below.
+
+    Returns:
+        Images [N, 1, 28, 28] or [N, 3, 32, 32], normalised by mean and standard deviation of the training pixels.
+
+    Raises:
+        ValueError: the folder holds neither, or a file is damaged.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"data: expected a folder, got {str(folder)!r}")
+    files = {path.name.removesuffix(".gz"): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    names = [f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+    if all(name in files for name in names):
+        images, labels, test_images, test_labels = (_read_idx(files[name]) for name in names)
+        images, test_images = images[:, None], test_images[:, None]
+    elif "test_batch.bin" in files:
+        batches = [path for name, path in files.items() if name.startswith("data_batch_") and name.endswith(".bin")]
+        if not batches:
+            raise ValueError(f"data: expected data_batch_1.bin … beside test_batch.bin in {str(folder)!r}, got none")
+        read = [_read_cifar(path) for path in batches]
+        images, labels = np.concatenate([r[0] for r in read]), np.concatenate([r[1] for r in read])
+        test_images, test_labels = _read_cifar(files["test_batch.bin"])
+    else:
+        raise ValueError(
+            f"data: expected MNIST's four ubyte files or CIFAR-10's binary version (.bin) in {str(folder)!r}, "
+            "found neither (the pickled version of CIFAR-10 is not read: pickles can run any code)"
+        )
+    if len(images) != len(labels) or len(test_images) != len(test_labels) or len(images) <= 20_000:
+        raise ValueError(f"data: expected a label for each of the images, got {len(labels)} for {len(images)}")
+    pixels = torch.from_numpy(images).float() / 255
+    axes = (0, 2, 3)
+    mean, std = pixels.mean(axes, keepdim=True), pixels.std(axes, keepdim=True)
+    pixels = (pixels - mean) / std
+    targets = torch.from_numpy(labels.astype(np.int64))
+    held = torch.from_numpy(test_images).float() / 255
+    return Digits(
+        Split(pixels[:-10_000], targets[:-10_000]),
+        Split(pixels[-10_000:], targets[-10_000:]),
+        Split((held - mean) / std, torch.from_numpy(test_labels.astype(np.int64))),
+    )
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    rank = raw[3] if len(raw) > 3 else 0
+    if raw[:3] != b"\0\0\x08" or rank not in (1, 3) or len(raw) < 4 + 4 * rank:
+        raise ValueError(f"data: expected an IDX file of bytes, got something else in {str(path)!r}")
+    shape = struct.unpack(f">{rank}I", raw[4 : 4 + 4 * rank])
+    if len(raw) - 4 - 4 * rank != int(np.prod(shape, dtype=np.int64)):
+        raise ValueError(f"data: {str(path)!r} is damaged: {len(raw)} bytes do not hold shape {shape}")
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape)
+
+
+def _read_cifar(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    raw = np.frombuffer(path.read_bytes(), np.uint8)
+    if raw.size == 0 or raw.size % 3073:
+        raise ValueError(f"data: {str(path)!r} is damaged: expected records of 3073 bytes, got {raw.size} bytes")
+    records = raw.reshape(-1, 3073)
+    if int(records[:, 0].max()) >= CLASSES:
+        raise ValueError(f"data: {str(path)!r} is damaged: expected labels below {CLASSES}")
+    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]

@@ -6,15 +6,16 @@ Tests compare the kernels with these, in float64. Where no kernel exists for a d
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slimtorch.formats import BlockSparse, Sparse
+from slimtorch.formats import Binary, Format
 
 Pair = tuple[int, int]
 
 
-def linear(x: Tensor, weight: Sparse | BlockSparse, bias: Tensor | None = None, *, relu: bool = False) -> Tensor:
+def linear(x: Tensor, weight: Format, bias: Tensor | None = None, *, relu: bool = False) -> Tensor:
     """``x [..., in] @ weight.T + bias``, then ReLU if asked."""
     y = F.linear(x, weight.to_dense(), bias)
     return y.relu() if relu else y
@@ -22,7 +23,7 @@ def linear(x: Tensor, weight: Sparse | BlockSparse, bias: Tensor | None = None, 
 
 def conv2d(
     x: Tensor,
-    weight: Sparse | BlockSparse,
+    weight: Format,
     bias: Tensor | None = None,
     stride: Pair = (1, 1),
     padding: Pair = (0, 0),
@@ -34,3 +35,39 @@ def conv2d(
     """Cross-correlation of ``x [N, C, H, W]`` with the dense weight, then ReLU if asked."""
     y = F.conv2d(x, weight.to_dense(), bias, stride, padding, dilation, groups)
     return y.relu() if relu else y
+
+
+def binarize(x: Tensor) -> Tensor:
+    """+1 where ``x >= 0``, else -1 (NaN included); the gradient passes straight through where ``|x| <= 1``.
+
+    Courbariaux et al. 2016 (arXiv 1602.02830), equations 1 and 4.
+    """
+    signs = torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+    if not x.requires_grad:
+        return signs
+    clipped = x.clamp(-1, 1)  # its gradient is the straight-through estimator's
+    return clipped + (signs - clipped).detach()
+
+
+def binary_linear(
+    x: Tensor, weight: Binary, bias: Tensor | None = None, *, binarize_input: bool = True, relu: bool = False
+) -> Tensor:
+    """:func:`linear` over the signs of ``x``, or over ``x`` itself."""
+    return linear(binarize(x) if binarize_input else x, weight, bias, relu=relu)
+
+
+def binary_conv2d(
+    x: Tensor,
+    weight: Binary,
+    bias: Tensor | None = None,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+    *,
+    binarize_input: bool = True,
+    relu: bool = False,
+) -> Tensor:
+    """:func:`conv2d` over the signs of ``x``, or over ``x`` itself. Padding adds zeros, which no sign stands for."""
+    x = binarize(x) if binarize_input else x
+    return conv2d(x, weight, bias, stride, padding, dilation, groups, relu=relu)

@@ -23,7 +23,7 @@ def check_dense(dense: Tensor) -> None:
             "dense: expected a weight of shape [out, in] or [out, in / groups, kh, kw], "
             f"got {dense.dim()} dimensions {tuple(dense.shape)}"
         )
-    if bool(torch.isnan(dense).any()):
+    if not dense.is_meta and bool(torch.isnan(dense).any()):
         raise ValueError("dense: expected numbers, got NaN; repair the weight before packing it")
 
 

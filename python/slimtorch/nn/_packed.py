@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every packed layer shares: how it stores a format, loads it, moves it and pickles it.
 
-    values         Parameter            trained, saved
+    values         Parameter            trained, saved; named by the family (tables of a codebook, say)
     bias           Parameter or None    trained, saved
-    positions      buffers              saved; two int32 tensors, named by the family
+    positions      buffers              saved; integer tensors (positions, indices, signs), named by the family
     weight_shape   buffer               saved; the dense shape, so that a state says which layer it belongs to
     plans          plain dict           derived from the positions alone: never saved, never stale when values change
 
@@ -19,10 +19,9 @@ from typing import Any, ClassVar, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from slimtorch.formats import BlockSparse, Sparse
+from slimtorch.formats import BlockSparse, Format, Sparse
 from slimtorch.ops._common import Activation, Pair, relu_flag
 
-Format = Sparse | BlockSparse
 Plans = dict[tuple[int, bool], Tensor]
 Twin = TypeVar("Twin", nn.Linear, nn.Conv2d)
 
@@ -30,21 +29,21 @@ Twin = TypeVar("Twin", nn.Linear, nn.Conv2d)
 class PackedLayer(nn.Module):
     """Base of the packed layers: a family says how its format is built, a kind (linear, conv2d) what shapes mean."""
 
-    POSITIONS: ClassVar[tuple[str, str]]  # fields of the format and buffers of the layer alike
+    VALUES: ClassVar[str] = "values"  # field of the format and parameter of the layer alike
+    POSITIONS: ClassVar[tuple[str, ...]]  # fields of the format and buffers of the layer alike
 
-    values: nn.Parameter
     bias: nn.Parameter | None
     weight_shape: Tensor
     activation: Activation
     groups: int
     _shape: tuple[int, ...]
     _plans: Plans
-    _planned: tuple[Tensor, Tensor] | None  # the positions that the plans were derived from
-    _held: tuple[Tensor, Tensor, Format] | None  # the format of the last call, and its positions
+    _planned: tuple[Tensor, ...] | None  # the positions that the plans were derived from
+    _held: tuple[Tensor, tuple[Tensor, ...], Format] | None  # values and positions of the last call, and their format
 
     # ---- what family and kind provide ----
 
-    def _as_format(self, values: Tensor, positions: tuple[Tensor, Tensor], plans: Plans) -> Format:
+    def _as_format(self, values: Tensor, positions: tuple[Tensor, ...], plans: Plans) -> Format:
         raise NotImplementedError
 
     def _twin(self, device: torch.device | None, dtype: torch.dtype | None) -> nn.Linear | nn.Conv2d:
@@ -57,15 +56,15 @@ class PackedLayer(nn.Module):
         self.activation = activation
         self._shape = tuple(weight.shape)
         self._plans, self._planned, self._held = {}, None, None
-        trained = twin.weight.requires_grad
-        self.values = nn.Parameter(weight.values, requires_grad=trained)
+        values = cast(Tensor, getattr(weight, self.VALUES))
+        self.register_parameter(self.VALUES, nn.Parameter(values, requires_grad=twin.weight.requires_grad))
         if twin.bias is None:
             self.register_parameter("bias", None)
         else:
             self.bias = nn.Parameter(twin.bias.detach().clone(), requires_grad=twin.bias.requires_grad)
         for name in self.POSITIONS:
             self.register_buffer(name, getattr(weight, name))
-        self.register_buffer("weight_shape", torch.tensor(self._shape, dtype=torch.int64, device=weight.values.device))
+        self.register_buffer("weight_shape", torch.tensor(self._shape, dtype=torch.int64, device=values.device))
         self.training = twin.training
 
     # ---- the format ----
@@ -77,14 +76,14 @@ class PackedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, of the twin's shape; differentiable with respect to ``values``."""
+        """The dense weight, of the twin's shape; differentiable with respect to the stored values."""
         return self.format.to_dense()
 
     def to_dense(self) -> nn.Module:
         """The ``torch.nn`` twin, with copies of weight and bias; a fused activation follows it in a ``Sequential``."""
         dense = self.weight.detach()
         twin = self._twin(torch.device("meta"), dense.dtype)
-        twin.weight = nn.Parameter(dense, requires_grad=self.values.requires_grad)
+        twin.weight = nn.Parameter(dense, requires_grad=self._values().requires_grad)
         if self.bias is not None:
             twin.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         model = twin if self.activation is None else nn.Sequential(twin, nn.ReLU())
@@ -93,41 +92,52 @@ class PackedLayer(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """The twin's default initialisation, at the positions that are stored."""
-        twin = self._twin(self.values.device, self.values.dtype)
-        self.values.copy_(self._gather(twin.weight))
+        values = self._values()
+        twin = self._twin(values.device, values.dtype)
+        self._reset(twin.weight.detach())
         if self.bias is not None and twin.bias is not None:
             self.bias.copy_(twin.bias)
 
+    def _reset(self, dense: Tensor) -> None:
+        """Hold ``dense`` where this layer stores weights."""
+        self._values().copy_(self._gather(dense))
+
     def _gather(self, dense: Tensor) -> Tensor:
-        """The entries of ``dense`` at the stored positions, in the layout of ``values``."""
+        """The entries of ``dense`` at the stored positions, in the layout of the values; summed where one is shared."""
         # The gradient of to_dense() is exactly this gather, padding of edge blocks (zero) included.
         with torch.enable_grad():
-            values = torch.zeros_like(self.values, requires_grad=True)
+            values = torch.zeros_like(self._values(), requires_grad=True)
             full = self._as_format(values, self._positions(), {}).to_dense()
             (gathered,) = torch.autograd.grad(full, values, dense.detach())
         return gathered
 
     def _held_format(self) -> Format:
         """The format object, the same one as long as the tensors in it are."""
-        values, positions = cast(Tensor, self._parameters["values"]), self._positions()
+        values, positions = self._values(), self._positions()
         held = self.__dict__.get("_held")
         if held is not None and not torch.compiler.is_compiling():
-            first, second, format = held
-            if format.values is values and first is positions[0] and second is positions[1]:
-                return format
+            own, placed, format = held
+            if own is values:
+                for now, then in zip(positions, placed):  # noqa: B905  on the path of every call
+                    if now is not then:
+                        break
+                else:
+                    return cast(Format, format)
         format = self._as_format(values, positions, self._plans_for(positions))
         if not torch.compiler.is_compiling():
-            self.__dict__["_held"] = (*positions, format)
+            self.__dict__["_held"] = (values, positions, format)
         return format
 
     # ---- plans ----
 
-    def _positions(self) -> tuple[Tensor, Tensor]:
-        first, second = self.POSITIONS
-        buffers = self._buffers  # not by attribute: nn.Module's look-up costs as much as a small layer
-        return cast(Tensor, buffers[first]), cast(Tensor, buffers[second])
+    def _values(self) -> Tensor:
+        return cast(Tensor, self._parameters[self.VALUES])
 
-    def _plans_for(self, positions: tuple[Tensor, Tensor]) -> Plans:
+    def _positions(self) -> tuple[Tensor, ...]:
+        buffers = self._buffers  # not by attribute: nn.Module's look-up costs as much as a small layer
+        return tuple([cast(Tensor, buffers[name]) for name in self.POSITIONS])
+
+    def _plans_for(self, positions: tuple[Tensor, ...]) -> Plans:
         """The cached plans, or none where someone (torch.func.functional_call) has put other positions in place."""
         planned = self._planned
         if planned is None or torch.compiler.is_compiling():
@@ -148,14 +158,16 @@ class PackedLayer(nn.Module):
         if positions[0].device.type != "cpu":
             return
         try:
-            self.format.plan(self.groups)
+            self._derive_plans()
             self._prepare_backward()
         except (TypeError, ValueError):
             self._plans, self._held = {}, None
 
+    def _derive_plans(self) -> None:
+        """Derive and cache what a forward call needs; TypeError or ValueError where the positions are not valid."""
+
     def _prepare_backward(self) -> None:
-        if self.training and self.values.requires_grad and self._plans:
-            self.format.plan(self.groups, transposed=True)
+        """Derive what a backward pass needs besides, if one is in sight."""
 
     def train(self, mode: bool = True) -> PackedLayer:
         """As ``nn.Module.train``; entering training also derives the plan of the backward pass."""
@@ -190,7 +202,7 @@ class PackedLayer(nn.Module):
         error_msgs: list[str],
     ) -> None:
         # Another number of stored values is no mismatch here: sizes follow the state, once it has proved valid.
-        names = ("values", *self.POSITIONS)
+        names = (self.VALUES, *self.POSITIONS)
         given = {
             name: state_dict[prefix + name] for name in (*names, "weight_shape", "bias") if prefix + name in state_dict
         }
@@ -203,8 +215,8 @@ class PackedLayer(nn.Module):
             if name not in given or given[name].shape == own.shape:
                 continue
             room = own.detach().new_empty(given[name].shape)
-            if name == "values":
-                self.values.data, self.values.grad = room, None  # the same Parameter: optimizers keep it
+            if name == self.VALUES:
+                own.data, own.grad = room, None  # the same Parameter: optimizers keep it
             else:
                 self._buffers[name] = room
         super()._load_from_state_dict(
@@ -223,25 +235,27 @@ class PackedLayer(nn.Module):
         bias = given.get("bias")
         if bias is not None and self.bias is not None and bias.shape != self.bias.shape:
             return f"bias: expected shape {list(self.bias.shape)}, got {list(bias.shape)}"
-        if not any(name in given for name in ("values", *self.POSITIONS)):
+        names = (self.VALUES, *self.POSITIONS)
+        if not any(name in given for name in names):
             return None
         # A partial state is judged together with what the layer holds.
-        first, second = self.POSITIONS
-        tensors = [given.get(name, getattr(self, name)).detach() for name in ("values", first, second)]
+        tensors = [given.get(name, getattr(self, name)).detach() for name in names]
         if any(tensor.is_meta for tensor in tensors):
             return None
         try:
-            self._as_format(tensors[0], (tensors[1], tensors[2]), {}).validate()
+            self._as_format(tensors[0], tuple(tensors[1:]), {}).validate()
         except (TypeError, ValueError) as error:
             return str(error)
         return None
 
     def extra_repr(self) -> str:
         """The twin's arguments, and what is stored."""
-        held = self.format
         fused = "" if self.activation is None else f", activation={self.activation!r}"
-        stored = f"stored={held.values.numel()}, density={held.density:.4g}"
-        return f"{self._geometry()}, bias={self.bias is not None}{self._options()}{fused}, {stored}"
+        return f"{self._geometry()}, bias={self.bias is not None}{self._options()}{fused}{self._stored()}"
+
+    def _stored(self) -> str:
+        """What is stored, for ``extra_repr``, each part after a comma."""
+        return ""
 
     def _options(self) -> str:
         """The family's own options for ``extra_repr``, each after a comma."""
@@ -249,6 +263,23 @@ class PackedLayer(nn.Module):
 
     def _geometry(self) -> str:
         raise NotImplementedError
+
+
+class PlannedLayer(PackedLayer):
+    """What the sparse families share: values at stored positions, and plans for the forward and the backward pass."""
+
+    values: nn.Parameter
+
+    def _derive_plans(self) -> None:
+        cast("Sparse | BlockSparse", self.format).plan(self.groups)
+
+    def _prepare_backward(self) -> None:
+        if self.training and self.values.requires_grad and self._plans:
+            cast("Sparse | BlockSparse", self.format).plan(self.groups, transposed=True)
+
+    def _stored(self) -> str:
+        held = cast("Sparse | BlockSparse", self.format)
+        return f", stored={held.values.numel()}, density={held.density:.4g}"
 
 
 class PackedLinear(PackedLayer):

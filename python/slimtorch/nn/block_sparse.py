@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimtorch import ops
-from slimtorch.formats import BlockSparse
+from slimtorch.formats import BlockSparse, Format
 from slimtorch.nn._packed import (
-    Format,
     PackedConv2d,
-    PackedLayer,
     PackedLinear,
+    PlannedLayer,
     Plans,
     check_conv2d,
     check_linear,
@@ -24,7 +23,7 @@ from slimtorch.nn._packed import (
 from slimtorch.ops._common import Activation, Pair
 
 
-class _BlockSparseLayer(PackedLayer):
+class _BlockSparseLayer(PlannedLayer):
     POSITIONS = ("block_columns", "block_row_offsets")
 
     block_columns: Tensor
@@ -36,8 +35,9 @@ class _BlockSparseLayer(PackedLayer):
         self.block_size = weight.block_size
         super()._adopt(twin, weight, activation)
 
-    def _as_format(self, values: Tensor, positions: tuple[Tensor, Tensor], plans: Plans) -> BlockSparse:
-        return BlockSparse(values, *positions, self._shape, self.block_size, plans)
+    def _as_format(self, values: Tensor, positions: tuple[Tensor, ...], plans: Plans) -> BlockSparse:
+        columns, row_offsets = positions
+        return BlockSparse(values, columns, row_offsets, self._shape, self.block_size, plans)
 
     @property
     def format(self) -> BlockSparse:

@@ -13,8 +13,8 @@ from slimtorch import ops
 from slimtorch.formats import Sparse
 from slimtorch.nn._packed import (
     PackedConv2d,
-    PackedLayer,
     PackedLinear,
+    PlannedLayer,
     Plans,
     check_conv2d,
     check_linear,
@@ -23,14 +23,15 @@ from slimtorch.nn._packed import (
 from slimtorch.ops._common import Activation, Pair
 
 
-class _SparseLayer(PackedLayer):
+class _SparseLayer(PlannedLayer):
     POSITIONS = ("columns", "row_offsets")
 
     columns: Tensor
     row_offsets: Tensor
 
-    def _as_format(self, values: Tensor, positions: tuple[Tensor, Tensor], plans: Plans) -> Sparse:
-        return Sparse(values, *positions, self._shape, plans)
+    def _as_format(self, values: Tensor, positions: tuple[Tensor, ...], plans: Plans) -> Sparse:
+        columns, row_offsets = positions
+        return Sparse(values, columns, row_offsets, self._shape, plans)
 
     @property
     def format(self) -> Sparse:

@@ -1,7 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operators over format objects. Under each lies ``torch.ops.slimtorch.*`` over plain tensors."""
 
+from slimtorch.ops.binary import binary_conv2d, binary_linear
 from slimtorch.ops.block_sparse import block_sparse_conv2d, block_sparse_linear
+from slimtorch.ops.codebook import codebook_conv2d, codebook_linear
 from slimtorch.ops.sparse import sparse_conv2d, sparse_linear
+from slimtorch.ops.sparse_codebook import sparse_codebook_conv2d, sparse_codebook_linear
 
-__all__ = ["block_sparse_conv2d", "block_sparse_linear", "sparse_conv2d", "sparse_linear"]
+__all__ = [
+    "binary_conv2d",
+    "binary_linear",
+    "block_sparse_conv2d",
+    "block_sparse_linear",
+    "codebook_conv2d",
+    "codebook_linear",
+    "sparse_codebook_conv2d",
+    "sparse_codebook_linear",
+    "sparse_conv2d",
+    "sparse_linear",
+]

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the experiments have in common, and where each is found: ``slimtorch experiment NAME``.
+
+An experiment is a module of this package with a constant ``EXPERIMENT``. It repeats, at small scale and on real data,
+what a paper claims, and measures what the paper left out.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from slimtorch.report import Table
+
+Progress = Callable[[str, int, int], None]
+"""``progress(stage, done, total)``."""
+
+# Name on the command line -> module of this package, and one line for the list.
+EXPERIMENTS = {
+    "deep-compression": ("deep_compression", "prune, share, code: size, error and speed after each step"),
+    "weight-clustering": ("weight_clustering", "bits of shared weights against accuracy, by initialisation"),
+    "binary-connect": ("binary_connect", "binary weights as a regularizer: none, deterministic, stochastic, dropout"),
+    "binary-net": ("binary_net", "binary weights and activations, trained, packed and timed"),
+    "xnor-net": ("xnor_net", "binary convolutions with scales: full, binary weights, XNOR"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user can choose.
+
+    Attributes:
+        quick: under 40 seconds, for a first look.
+        seeds: number of training seeds; None: the experiment's own.
+        data: folder with a full data set (see :func:`slimtorch.data.load_folder`); None: the 5,000 embedded digits.
+        threads: of torch while timing.
+    """
+
+    quick: bool = False
+    seeds: int | None = None
+    data: Path | None = None
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an experiment found.
+
+    Attributes:
+        title, lead: heading and first paragraph of the report; ``lead`` says on what data and at what scale.
+        tables: in order.
+        figures: (file name, caption, figure), in order.
+        data: everything measured, JSON-ready.
+    """
+
+    title: str
+    lead: str
+    tables: list[Table]
+    figures: list[tuple[str, str, Figure]]
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment: ``run(settings, out, progress)`` keeps finished pieces in the folder ``out``."""
+
+    name: str
+    about: str
+    paper: str
+    run: Callable[[Settings, Path, Progress], Result]
+
+
+def find(name: str) -> Experiment:
+    """The experiment of that name; ValueError, with all names, where there is none."""
+    if name not in EXPERIMENTS:
+        raise ValueError(f"NAME: expected one of {', '.join(EXPERIMENTS)}, got {name!r}")
+    module = importlib.import_module(f"slimtorch.experiments.{EXPERIMENTS[name][0]}")
+    experiment = module.EXPERIMENT
+    assert isinstance(experiment, Experiment)
+    return experiment

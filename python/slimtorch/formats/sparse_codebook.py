@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse shared weights: positions as gaps of a byte, values as indices of few bits (Han et al. 2016)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from slimtorch.formats._bits import check_stream, pack_bits, stream_bytes, unpack_bits
+from slimtorch.formats._common import INDEX_LIMIT, check_dense, check_offsets, matrix_shape
+from slimtorch.formats.codebook import GroupSize, check_bits, check_group_size, cluster, table_count, table_of
+
+SKIP = 255
+
+
+@dataclass(eq=False)
+class SparseCodebook:
+    """The nonzero weights of a linear or conv2d layer, each as a gap to the one before and an index into a table.
+
+    A row is walked from column -1. An entry with a gap below 255 moves on by ``gap + 1`` columns, and its weight stands
+    there. An entry with gap 255 is a *skip*: it moves on by 255 columns and holds no weight (its code is 0).
+
+    Args:
+        codebook: ``[tables, 2**bits]``, floating point.
+        codes: ``[ceil(entries * bits / 8)]`` uint8, a bit stream (lowest bits first) of one index per entry.
+        gaps: ``[entries]`` uint8. Row after row. No row ends with a skip.
+        row_offsets: ``[out + 1]`` int32, where the entries of each row start.
+        shape: shape of the dense weight, ``(out, in)`` or ``(out, in / groups, kh, kw)``.
+        bits: of an index, 1 … 8.
+        group_size: which table a weight uses: see :class:`slimtorch.formats.Codebook`.
+    """
+
+    codebook: Tensor
+    codes: Tensor
+    gaps: Tensor
+    row_offsets: Tensor
+    shape: tuple[int, ...]
+    bits: int = 4
+    group_size: GroupSize = None
+    # Execution plans derived from the positions and codes alone, so that no change of the tables can make one stale.
+    _plans: dict[tuple[int, bool], Tensor] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def pack(cls, dense: Tensor, bits: int = 4, group_size: GroupSize = None) -> SparseCodebook:
+        """Cluster the nonzero entries of ``dense`` into ``2**bits`` values per table.
+
+        A table with no more distinct values than entries is exact; otherwise its values come from k-means.
+
+        Raises:
+            TypeError: ``dense`` is no floating-point tensor, or an option has the wrong type.
+            ValueError: wrong number of dimensions, NaN or infinite weights, bits outside 1 … 8, a group larger than a
+                row.
+        """
+        check_dense(dense)
+        return cls._of(dense, dense.detach().reshape(matrix_shape(dense.shape)) != 0, bits, group_size)
+
+    @classmethod
+    def full(cls, dense: Tensor, bits: int = 4, group_size: GroupSize = None) -> SparseCodebook:
+        """Keep every entry of ``dense``, zeros too: what a layer that is yet to be trained starts from.
+
+        The pattern does not depend on the values, so ``dense`` may be on the meta device.
+        """
+        rows, width = matrix_shape(dense.shape)
+        shape = tuple(dense.shape)
+        if not dense.is_meta:
+            return cls._of(dense, torch.ones(rows, width, dtype=torch.bool, device=dense.device), bits, group_size)
+        check_bits(bits)
+        check_group_size(group_size, width)
+        return cls(
+            dense.new_empty(table_count(shape, group_size), 1 << bits),
+            dense.new_empty(stream_bytes(rows * width, bits), dtype=torch.uint8),
+            dense.new_empty(rows * width, dtype=torch.uint8),
+            dense.new_empty(rows + 1, dtype=torch.int32),
+            shape, bits, group_size,
+        )  # fmt: skip
+
+    @classmethod
+    def _of(cls, dense: Tensor, keep: Tensor, bits: int, group_size: GroupSize) -> SparseCodebook:
+        check_bits(bits)
+        rows, width = matrix_shape(dense.shape)
+        check_group_size(group_size, width)
+        matrix, shape = dense.detach().reshape(rows, width), tuple(dense.shape)
+        if not bool(matrix.isfinite().all()):
+            raise ValueError("dense: expected finite weights, got infinity")
+        row, column = keep.nonzero().unbind(1)
+        codebook, codes = cluster(
+            matrix[keep], table_of(row, column, group_size), table_count(shape, group_size), bits, zero=False
+        )
+        return cls.from_positions(codebook, codes, row, column, shape, group_size)
+
+    @classmethod
+    def from_positions(
+        cls,
+        codebook: Tensor,
+        indices: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+        shape: tuple[int, ...],
+        group_size: GroupSize = None,
+    ) -> SparseCodebook:
+        """From tables, and for each stored weight its index (uint8), row and column (int64, in row-major order)."""
+        bits = check_bits(int(codebook.shape[-1]).bit_length() - 1)
+        count = matrix_shape(shape)[0]
+        previous = torch.cat([columns.new_full((1,), -1), columns[:-1]])
+        starts = torch.ones_like(rows, dtype=torch.bool)
+        starts[1:] = rows[1:] != rows[:-1]
+        distance = columns - torch.where(starts, -1, previous) - 1  # columns passed over
+        skips = distance // SKIP
+        last = torch.cumsum(skips + 1, 0) - 1  # entry of each weight, after its skips
+        entries = int(last[-1]) + 1 if last.numel() else 0
+        if entries > INDEX_LIMIT:
+            raise ValueError(f"dense: expected fewer than 2**31 entries, got {entries}")
+        gaps = torch.full((entries,), SKIP, dtype=torch.uint8, device=columns.device)
+        gaps[last] = (distance % SKIP).to(torch.uint8)
+        codes = torch.zeros(entries, dtype=torch.uint8, device=columns.device)
+        codes[last] = indices.to(torch.uint8)
+        offsets = torch.zeros(count + 1, dtype=torch.int32, device=columns.device)
+        offsets[1:] = torch.cumsum(rows.new_zeros(count).index_add(0, rows, skips + 1), 0)
+        return cls(codebook, pack_bits(codes, bits), gaps, offsets, tuple(shape), bits, group_size)
+
+    def validate(self) -> SparseCodebook:
+        """Check the invariants that the kernels rely on; raises TypeError or ValueError naming the field."""
+        check_bits(self.bits)
+        rows, width = matrix_shape(self.shape)
+        check_group_size(self.group_size, None if rows * width == 0 else width)
+        if not self.codebook.is_floating_point():
+            raise TypeError(f"codebook: expected a floating-point tensor, got {self.codebook.dtype}")
+        wanted = (table_count(self.shape, self.group_size), 1 << self.bits)
+        if self.codebook.shape != wanted:
+            raise ValueError(f"codebook: expected shape {list(wanted)}, got {list(self.codebook.shape)}")
+        if self.gaps.dim() != 1 or self.gaps.dtype != torch.uint8:
+            raise TypeError(f"gaps: expected a 1-D uint8 tensor, got {self.gaps.dtype} {list(self.gaps.shape)}")
+        entries = self.gaps.numel()
+        check_offsets("row_offsets", self.row_offsets, rows, entries)
+        check_stream("codes", self.codes, entries, self.bits)
+        if entries == 0:
+            return self
+        ends = self.row_offsets[1:].long()
+        ends = ends[ends > self.row_offsets[:-1].long()] - 1
+        if bool((self.gaps[ends] == SKIP).any()):
+            raise ValueError("gaps: expected no row to end with a skip (255)")
+        _, columns = self._walk()
+        if int(columns[ends].max()) >= width:
+            raise ValueError(f"gaps: expected columns below {width}, got {int(columns[ends].max())}")
+        return self
+
+    def _walk(self) -> tuple[Tensor, Tensor]:
+        """Row and column of each entry, int64; skips included."""
+        gaps, offsets = self.gaps.long(), self.row_offsets.long()
+        rows = torch.arange(offsets.numel() - 1, device=gaps.device)
+        rows = rows.repeat_interleave(offsets[1:] - offsets[:-1], output_size=gaps.numel())
+        reach = torch.cumsum(torch.where(gaps == SKIP, SKIP, gaps + 1), 0)
+        before = torch.cat([reach.new_zeros(1), reach])[offsets[:-1]]
+        return rows, reach - before[rows] - 1
+
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """Row and column of each stored weight, int64 ``[nnz]``."""
+        rows, columns = self._walk()
+        keep = self.gaps != SKIP
+        return rows[keep], columns[keep]
+
+    def indices(self) -> Tensor:
+        """Index of each stored weight in its table, uint8 ``[nnz]``."""
+        return unpack_bits(self.codes, self.bits, self.gaps.numel())[self.gaps != SKIP]
+
+    def to_dense(self) -> Tensor:
+        """The dense weight, of ``self.shape``; differentiable with respect to ``codebook``."""
+        rows, width = matrix_shape(self.shape)
+        row, column = self.positions()
+        entry = (table_of(row, column, self.group_size) << self.bits) + self.indices()
+        flat = torch.zeros(rows * width, dtype=self.codebook.dtype, device=self.codebook.device)
+        return flat.index_put((row * width + column,), self.codebook.reshape(-1)[entry]).reshape(self.shape)
+
+    @property
+    def nnz(self) -> int:
+        """Stored weights: entries that are not skips."""
+        return int((self.gaps != SKIP).sum())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the canonical tensors."""
+        tensors = (self.codebook, self.codes, self.gaps, self.row_offsets)
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
+    def density(self) -> float:
+        """Stored weights over entries of the dense weight."""
+        rows, width = matrix_shape(self.shape)
+        return self.nnz / max(1, rows * width)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Plans are never copied or saved."""
+        return {**self.__dict__, "_plans": {}}
