@@ -283,9 +283,9 @@ template <int P, int M>
 void multiply(const uint8_t* w, int64_t panel, const uint8_t* x, int64_t bytes, int32_t k, int32_t* dots) {
   const char* tables = kTables.byte[0];
   const B32 half = (B32{} + 15);
-  U32 total[M][P][4];
+  U32 total[M][P][4] = {};
   for (int64_t long0 = 0; long0 < bytes; long0 += kLong) {
-    U16 even[M][P], odd[M][P];
+    U16 even[M][P] = {}, odd[M][P] = {};
     const int64_t long1 = min_of(bytes, long0 + kLong);
     for (int64_t c0 = long0; c0 < long1; c0 += kChunk) {
       const int64_t c1 = min_of(long1, c0 + kChunk);
@@ -322,15 +322,15 @@ void multiply(const uint8_t* w, int64_t panel, const uint8_t* x, int64_t bytes, 
 #pragma GCC unroll 8
         for (int q = 0; q < P; ++q) {
           const U16 sum = U16(acc[m][q]);
-          even[m][q] = (c0 == long0 ? U16{} : even[m][q]) + (sum & 0xff);
-          odd[m][q] = (c0 == long0 ? U16{} : odd[m][q]) + (sum >> 8);
+          even[m][q] += sum & 0xff;
+          odd[m][q] += sum >> 8;
         }
     }
     // Byte 4 i + q of a panel is row 8 q + i: 32-bit lanes come out in the order of the rows.
     for (int m = 0; m < M; ++m)
       for (int q = 0; q < P; ++q) {
         const U32 e = U32(even[m][q]), o = U32(odd[m][q]), parts[4] = {e & 0xffff, o & 0xffff, e >> 16, o >> 16};
-        for (int i = 0; i < 4; ++i) total[m][q][i] = (long0 ? total[m][q][i] : U32{}) + parts[i];
+        for (int i = 0; i < 4; ++i) total[m][q][i] += parts[i];
       }
   }
   for (int m = 0; m < M; ++m)
