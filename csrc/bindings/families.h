@@ -64,3 +64,16 @@ Tensor conv2d_to_bits(Tensor x, int64_t channels, Tensor signs, SLIM_OPT plan, T
                       SLIM_INTS kernel, SLIM_INTS stride, SLIM_INTS padding, SLIM_INTS dilation, int64_t groups);
 Tensor scale_dots(Tensor dots, Tensor scale, SLIM_OPT bias, bool relu);
 }  // namespace slim::binary
+
+namespace slim::kmeans {
+Tensor kmeans_1d(Tensor values, Tensor centroids, SLIM_OPT importance, int64_t iterations, double tolerance);
+Tensor quantiles_1d(Tensor values, SLIM_OPT importance, int64_t k);
+Tensor assign_1d(Tensor values, Tensor centroids);
+}  // namespace slim::kmeans
+
+namespace slim::huffman {
+Tensor huffman_lengths(Tensor histogram);
+Tensor huffman_size(Tensor histogram);
+Tensor huffman_encode(Tensor symbols);
+Tensor huffman_decode(Tensor blob, int64_t n);
+}  // namespace slim::huffman

@@ -48,6 +48,15 @@ STABLE_TORCH_LIBRARY(slimtorch, m) {
   m.def("binary_conv2d_to_bits(Tensor x, int channels, Tensor signs, Tensor? plan, Tensor thresholds, Tensor rising, "
         GEOMETRY ") -> Tensor");
   m.def("binary_scale_dots(Tensor dots, Tensor scale, Tensor? bias, bool relu) -> Tensor");
+
+  m.def("kmeans_1d(Tensor values, Tensor centroids, Tensor? importance, int iterations, float tolerance) -> Tensor");
+  m.def("quantiles_1d(Tensor values, Tensor? importance, int k) -> Tensor");
+  m.def("assign_1d(Tensor values, Tensor centroids) -> Tensor");
+
+  m.def("huffman_lengths(Tensor histogram) -> Tensor");
+  m.def("huffman_size(Tensor histogram) -> Tensor");
+  m.def("huffman_encode(Tensor symbols) -> Tensor");
+  m.def("huffman_decode(Tensor blob, int n) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(slimtorch, CPU, m) {
@@ -76,6 +85,15 @@ STABLE_TORCH_LIBRARY_IMPL(slimtorch, CPU, m) {
   m.impl("binary_linear_to_bits", TORCH_BOX(&slim::binary::linear_to_bits));
   m.impl("binary_conv2d_to_bits", TORCH_BOX(&slim::binary::conv2d_to_bits));
   m.impl("binary_scale_dots", TORCH_BOX(&slim::binary::scale_dots));
+
+  m.impl("kmeans_1d", TORCH_BOX(&slim::kmeans::kmeans_1d));
+  m.impl("quantiles_1d", TORCH_BOX(&slim::kmeans::quantiles_1d));
+  m.impl("assign_1d", TORCH_BOX(&slim::kmeans::assign_1d));
+
+  m.impl("huffman_lengths", TORCH_BOX(&slim::huffman::huffman_lengths));
+  m.impl("huffman_size", TORCH_BOX(&slim::huffman::huffman_size));
+  m.impl("huffman_encode", TORCH_BOX(&slim::huffman::huffman_encode));
+  m.impl("huffman_decode", TORCH_BOX(&slim::huffman::huffman_decode));
 }
 
 #ifdef SLIM_CUDA

@@ -93,8 +93,6 @@ def _centroids(values: Tensor, count: int) -> Tensor:
     distinct = torch.unique(values)
     if distinct.numel() <= count:
         return distinct
-    if count == 0:
-        raise ValueError("bits: expected at least 2 for a weight with zeros that are to stay zero, got 1")
     return kmeans(values, torch.linspace(float(values.min()), float(values.max()), count, dtype=torch.float64))
 
 
@@ -133,7 +131,7 @@ class Codebook:
         bits: of an index, 1 … 8.
         group_size: None: one table for all. An int g: a table for every g consecutive inputs (columns of the matrix),
             shared by all rows. "row": a table per output row.
-        zero: entry 0 of every table is the constant 0, for pruned weights: what is stored there does not matter.
+        zero: entry 0 of every table is a constant without gradient: the zero of pruned weights.
     """
 
     codebook: Tensor
@@ -224,7 +222,7 @@ class Codebook:
         """The dense weight, of ``self.shape``; differentiable with respect to ``codebook``."""
         codebook = self.codebook
         if self.zero:
-            codebook = torch.cat([torch.zeros_like(codebook[:, :1]), codebook[:, 1:]], dim=1)
+            codebook = torch.cat([codebook[:, :1].detach(), codebook[:, 1:]], dim=1)
         flat = (self.tables() << self.bits) + self.indices()
         return codebook.reshape(-1)[flat].reshape(self.shape)
 

@@ -216,8 +216,16 @@ class BinaryConv2d(_BinaryLayer, PackedConv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input [N, C, H, W]`` or ``[C, H, W]`` to the output of ``nn.Conv2d``."""
-        x = input if self._extra is None else F.pad(input, self._extra)
-        return ops.binary_conv2d(
-            x, self.format, self.bias, self.stride, self._sides, self.dilation, self.groups,
+        extra, sides = self._extra, self._sides
+        if extra is not None and not self.binarize_input:
+            input = F.pad(input, extra)
+        elif extra is not None:  # zeros that F.pad adds would count as +1
+            left, right, top, bottom = extra
+            sides = (bottom, right)  # one more than on the other side, which is cut off below
+        y = ops.binary_conv2d(
+            input, self.format, self.bias, self.stride, sides, self.dilation, self.groups,
             binarize_input=self.binarize_input, activation=self.activation,
         )  # fmt: skip
+        if extra is not None and self.binarize_input:
+            y = y[..., bottom - top :, right - left :].contiguous()
+        return y

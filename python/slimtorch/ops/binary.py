@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -125,6 +127,125 @@ def _with_scale(weight: Binary, scale: Tensor) -> Binary:
     return weight if scale is weight.scale else Binary(weight.signs, scale, weight.shape)
 
 
+# ---- packed activations: what consecutive binary layers pass on ------------------------------------------------------
+#
+# uint8 [..., bytes] of a linear layer, [N, H, W, bytes] of a convolution. Bit b & 7 of byte b >> 3 belongs to feature or
+# channel b and is 1 for +1. Whole 64-bit words; bits after the last feature are 0.
+
+
+def binary_linear_to_bits(x: Tensor, weight: Binary, thresholds: Tensor, rising: Tensor) -> Tensor:
+    """Signs of a monotone function of ``sign(x) @ sign(weight).T``, packed, by comparing whole numbers.
+
+    Args:
+        x: ``[..., in_features]`` float, or packed activations ``[..., bytes]``.
+        weight: the packed ``[out_features, in_features]`` weight; its scale plays no part.
+        thresholds: ``[out_features]`` int32, above ``-2**31``.
+        rising: ``[out_features]`` bool: +1 where the dot product is at least (else: at most) the threshold.
+
+    Returns:
+        ``[..., 8 * ceil(out_features / 64)]`` uint8.
+    """
+    rows, width = weight.shape
+    if x.device.type == "cpu":
+        return _ops.binary_linear_to_bits(x, width, weight.signs, weight.plan(), thresholds, rising)
+    dots = reference.linear(_unpacked(x, width), _unscaled(weight))
+    return reference.pack_signs(_compare(dots, thresholds, rising))
+
+
+def binary_linear_from_bits(
+    x: Tensor, weight: Binary, bias: Tensor | None = None, *, activation: Activation = None
+) -> Tensor:
+    """:func:`binary_linear` over packed activations ``x [..., bytes]``; for inference."""
+    relu = common.relu_flag(activation)
+    if x.device.type == "cpu":
+        return _ops.binary_linear_from_bits(x, weight.shape[1], weight.signs, weight.scale, weight.plan(), bias, relu)
+    return reference.linear(reference.unpack_signs(x, weight.shape[1], weight.scale.dtype), weight, bias, relu=relu)
+
+
+def binary_conv2d_to_bits(
+    x: Tensor, weight: Binary, thresholds: Tensor, rising: Tensor, stride: Pair = (1, 1), padding: Pair = (0, 0),
+    dilation: Pair = (1, 1), groups: int = 1,
+) -> Tensor:  # fmt: skip
+    """As :func:`binary_linear_to_bits`, from ``[N, C, H, W]`` or packed ``[N, H, W, bytes]`` to ``[N, Ho, Wo, bytes]``."""
+    geometry, channels = (stride, padding, dilation, groups), weight.shape[1] * groups
+    if x.device.type == "cpu":
+        return _ops.binary_conv2d_to_bits(
+            x, channels, weight.signs, weight.plan(groups), thresholds, rising, weight.shape[2:], *geometry
+        )
+    x = _unpacked(x, channels).movedim(-1, 1) if x.dtype == torch.uint8 else _unpacked(x, channels)
+    dots = reference.conv2d(x, _unscaled(weight), None, *geometry).movedim(1, -1)
+    return reference.pack_signs(_compare(dots, thresholds, rising))
+
+
+def binary_conv2d_from_bits(
+    x: Tensor, weight: Binary, bias: Tensor | None = None, stride: Pair = (1, 1), padding: Pair = (0, 0),
+    dilation: Pair = (1, 1), groups: int = 1, *, activation: Activation = None,
+) -> Tensor:  # fmt: skip
+    """:func:`binary_conv2d` over packed activations ``x [N, H, W, bytes]``; for inference."""
+    geometry, channels, relu = (stride, padding, dilation, groups), weight.shape[1] * groups, activation == "relu"
+    if x.device.type == "cpu":
+        return _ops.binary_conv2d_from_bits(
+            x, channels, weight.signs, weight.scale, weight.plan(groups), bias, weight.shape[2:], *geometry, relu
+        )
+    signs = reference.unpack_signs(x, channels, weight.scale.dtype).movedim(-1, 1)
+    return reference.conv2d(signs, weight, bias, *geometry, relu=relu)
+
+
+def binary_thresholds(
+    weight: Binary, bias: Tensor | None, then: Callable[[Tensor], Tensor], *, activation: Activation = None
+) -> tuple[Tensor, Tensor]:
+    """Thresholds and directions with which the ``…_to_bits`` operators give ``sign(then(layer(x)))``, bit for bit.
+
+    ``then`` maps outputs ``[m, out]`` (of a convolution ``[m, out, 4, 4]``) to the same shape, each row of the weight on
+    its own, and must not rise for some outputs of a row and fall for others: batch norm, Hardtanh, …  It is evaluated,
+    with the kernel's own arithmetic before it, at those of the possible dot products that a binary search asks for.
+
+    Returns:
+        ``thresholds [out]`` int32 and ``rising [out]`` bool.
+    """
+    relu, rows = common.relu_flag(activation), weight.shape[0]
+    limit = weight.signs.new_full((rows,), math.prod(weight.shape[1:]), dtype=torch.int32)
+
+    def values(dots: Tensor) -> Tensor:
+        if dots.device.type == "cpu":
+            y = _ops.binary_scale_dots(dots[None], weight.scale, bias, relu)
+        else:
+            y = dots[None] * weight.scale + (0 if bias is None else bias)
+            y = y.relu() if relu else y
+        if len(weight.shape) == 2:
+            return then(y)[0]
+        return then(y[:, :, None, None].expand(1, rows, 4, 4).contiguous())[0, :, 0, 0]
+
+    with torch.no_grad():
+        low, high = -limit, limit.clone()
+        at_low, at_high = values(low), values(high)
+        first, last = at_low >= 0, at_high >= 0
+        constant, rising = first == last, last & ~first
+        while bool((high - low > 1).any()):
+            middle = torch.div(low + high, 2, rounding_mode="floor").to(torch.int32)
+            like_low = (values(middle) >= 0) == first
+            low, high = torch.where(like_low, middle, low), torch.where(like_low, high, middle)
+        never = torch.full_like(high, 2**31 - 1)
+        thresholds = torch.where(rising, high, low)
+        thresholds = torch.where(constant, torch.where(first, -never, never), thresholds)
+    return thresholds, rising | constant
+
+
+def _unscaled(weight: Binary) -> Binary:
+    return _with_scale(weight, torch.ones(weight.shape[0], device=weight.signs.device))
+
+
+def _unpacked(x: Tensor, count: int) -> Tensor:
+    """Signs as float32, from floats or from packed activations (whose order of dimensions stays)."""
+    if x.dtype == torch.uint8:
+        return reference.unpack_signs(x, count, torch.float32)
+    return reference.binarize(x.float())
+
+
+def _compare(dots: Tensor, thresholds: Tensor, rising: Tensor) -> Tensor:
+    return torch.where(torch.where(rising, dots >= thresholds, dots <= thresholds), 1.0, -1.0)
+
+
 # ---- fake kernels: shapes only, for torch.compile and torch.export ---------------------------------------------------
 
 
@@ -215,7 +336,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _binarized(ctx: Any, x: Tensor) -> Tensor:
     wide = x.to(_wide(x.dtype))
-    return reference.binarize(wide) if ctx.binarize_input else wide
+    return reference.binarize(wide.detach()) if ctx.binarize_input else wide
 
 
 def _through(ctx: Any, x: Tensor, grad: Tensor) -> Tensor:
