@@ -12,14 +12,16 @@
 // With a vector popcount (or none at all) the tile is the one of the targets: rows in 64-bit lanes, a column's word
 // broadcast, xor, popcount, add. Six columns x 4 vectors are 24 accumulators.
 //
-// AVX2 has no vector popcount, and four bits of a column have only 16 values: for each there is a table of popcount(x
-// xor w) over all w, so that one vpshufb by the weights replaces xor, and, shift and look-up:
+// AVX2 has no vector popcount, but four bits of a column have only 16 values: for each there is a table of popcount(x xor
+// w) over all w, so that one vpshufb by the weights replaces xor, and, shift and look-up. A count takes half a byte, so a
+// table serves two columns at once, and three look-ups fit before the halves must be parted:
 //
-//     w  = 32 rows x 4 bits of k          (a byte a row, split into halves once per column tile)
-//     t  = table of these 4 bits of x     (16 bytes in both lanes of a register: 512 bytes of tables in all)
-//     acc += vpshufb(t, w)                (bytes; at most 4 each time, so 31 bytes of k fit before they are widened)
+//     w    = 32 rows x 4 bits of k             (a byte a row, split into halves once per column tile)
+//     t    = table of 4 bits of columns a, b   (16 bytes in both lanes of a register; 256 tables are 4 KiB)
+//     sum  = vpshufb(t, w) three times         (a in the lower halves of bytes, b in the upper)
+//     acc_a += sum & 15;  acc_b += sum >> 4    (bytes; 30 bytes of k fit before they are widened)
 //
-// Two instructions for 128 bit pairs; counting bits takes eight for 256, popcnt three for 64.
+// Ten instructions for 768 bit pairs; counting bits takes eight for 256, popcnt three for 64.
 #pragma once
 
 #include "cpu/binary/binary.h"
@@ -226,99 +228,67 @@ Columns lower(const Params& p, int64_t group, int64_t first, int64_t count, uint
 typedef char B16 __attribute__((vector_size(16), may_alias, aligned(1)));
 typedef char B32 __attribute__((vector_size(32), may_alias, aligned(1)));
 typedef uint16_t U16 __attribute__((vector_size(32), may_alias));
-typedef uint32_t U32 __attribute__((vector_size(32), may_alias));
+typedef uint32_t U32 __attribute__((vector_size(32), may_alias, aligned(1)));
 
-// byte[x][i] = popcount(x ^ (i & 15)): the 16 tables, in both lanes of a register.
+// byte[b << 4 | a][w] = popcount(a ^ w) + 16 * popcount(b ^ w)
 struct Tables {
-  alignas(64) char byte[16][32];
+  alignas(64) char byte[256][16];
   constexpr Tables() : byte() {
-    for (int x = 0; x < 16; ++x)
-      for (int i = 0; i < 32; ++i)
-        for (int b = 0; b < 4; ++b) byte[x][i] = char(byte[x][i] + (((x ^ i) >> b) & 1));
+    for (int x = 0; x < 256; ++x)
+      for (int w = 0; w < 16; ++w) {
+        int a = 0, b = 0;
+        for (int i = 0; i < 4; ++i) a += ((x ^ w) >> i) & 1, b += (((x >> 4) ^ w) >> i) & 1;
+        byte[x][w] = char(a + 16 * b);
+      }
   }
 };
 constexpr Tables kTables;
 
-constexpr int64_t kChunk = 31;          // bytes of k: 62 look-ups of at most 4 stay below 256
-constexpr int64_t kLong = 264 * kChunk;  // and these below 65536
+constexpr int64_t kChunk = 30;           // bytes of k: 60 look-ups of at most 4 stay below 256
+constexpr int64_t kLong = 270 * kChunk;  // and these below 65536
 
-// Columns [M, stride] of `bytes` bytes to places of tables, in units of 8 bytes: [bytes][low half, high half][M].
-template <int M>
-SLIM_INLINE void places(const uint8_t* bits, int64_t stride, int64_t bytes, uint8_t* out) {
-  int64_t i = 0;
-  if constexpr (M == 4) {
-    for (; i + 16 <= bytes; i += 16) {
-      const B16 a = *reinterpret_cast<const B16*>(bits + i), b = *reinterpret_cast<const B16*>(bits + stride + i);
-      const B16 c = *reinterpret_cast<const B16*>(bits + 2 * stride + i);
-      const B16 d = *reinterpret_cast<const B16*>(bits + 3 * stride + i);
-      constexpr B16 low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-      constexpr B16 high = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-      const B16 ab0 = __builtin_shuffle(a, b, low), ab1 = __builtin_shuffle(a, b, high);
-      const B16 cd0 = __builtin_shuffle(c, d, low), cd1 = __builtin_shuffle(c, d, high);
-      typedef uint16_t H8 __attribute__((vector_size(16), may_alias));
-      typedef uint32_t W4 __attribute__((vector_size(16), may_alias, aligned(1)));
-      constexpr H8 low2 = {0, 8, 1, 9, 2, 10, 3, 11}, high2 = {4, 12, 5, 13, 6, 14, 7, 15};
-      constexpr W4 low4 = {0, 4, 1, 5}, high4 = {2, 6, 3, 7};
-      const H8 quads[4] = {__builtin_shuffle(H8(ab0), H8(cd0), low2), __builtin_shuffle(H8(ab0), H8(cd0), high2),
-                           __builtin_shuffle(H8(ab1), H8(cd1), low2), __builtin_shuffle(H8(ab1), H8(cd1), high2)};
-      for (int q = 0; q < 4; ++q) {
-        const W4 v = W4(quads[q]);
-        const W4 lo = (v << 2) & 0x3c3c3c3cu, hi = (v >> 2) & 0x3c3c3c3cu;
-        W4* to = reinterpret_cast<W4*>(out + (i + 4 * q) * 8);
-        to[0] = __builtin_shuffle(lo, hi, low4);
-        to[1] = __builtin_shuffle(lo, hi, high4);
-      }
-    }
+SLIM_INLINE B32 load32(const uint8_t* p) { return *reinterpret_cast<const B32*>(p); }
+SLIM_INLINE B32 low_half(B32 v) { return v & (B32{} + 15); }
+SLIM_INLINE B32 high_half(B32 v) { return B32(U16(v) >> 4) & (B32{} + 15); }
+SLIM_INLINE B32 table_at(int64_t offset) {
+  const B16 t = *reinterpret_cast<const B16*>(kTables.byte[0] + offset);
+  return __builtin_shufflevector(t, t, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7, 8,
+                                 9, 10, 11, 12, 13, 14, 15);
+}
+SLIM_INLINE B32 look_up(B32 table, B32 index) {
+  typedef char Q32 __attribute__((vector_size(32)));
+  return B32(__builtin_ia32_pshufb256(Q32(table), Q32(index)));
+}
+// Keeps the compiler from moving additions together: it would run out of registers.
+SLIM_INLINE void pin(B32& v) { asm("" : "+x"(v)); }
+
+// Where the tables of a pair of columns lie, in bytes, for each half byte of k, padded with zeros to three bytes of k.
+SLIM_INLINE int64_t padded(int64_t bytes) { return (bytes + 2) / 3 * 3; }
+void places(const uint8_t* a, const uint8_t* b, int64_t bytes, uint16_t* __restrict out) {
+  for (int64_t i = 0; i < bytes; ++i) {
+    const uint32_t x = a[i], y = b[i];
+    out[2 * i] = uint16_t((x & 15) << 4 | (y & 15) << 8);
+    out[2 * i + 1] = uint16_t((x & 240) | (y & 240) << 4);
   }
-  for (; i < bytes; ++i)
-    for (int m = 0; m < M; ++m) {
-      const uint32_t v = bits[m * stride + i];
-      out[i * 2 * M + m] = uint8_t((v << 2) & 0x3c);
-      out[i * 2 * M + M + m] = uint8_t((v >> 2) & 0x3c);
-    }
+  for (int64_t i = 2 * bytes; i < 2 * padded(bytes); ++i) out[i] = 0;
 }
 
-// P panels of 32 rows x M columns.
-template <int P, int M>
-void multiply(const uint8_t* w, int64_t panel, const uint8_t* x, int64_t bytes, int32_t k, int32_t* dots) {
-  const char* tables = kTables.byte[0];
-  const B32 half = (B32{} + 15);
-  U32 total[M][P][4] = {};
+// Sums of bytes, widened as often as they must be, to 32-bit sums in the order of the rows: byte 4 i + q of a panel is row
+// 8 q + i. S sums of P panels; step(first, last, sums) adds the bytes of k first … last.
+template <int S, int P, class Step>
+SLIM_INLINE void sum_chunks(int64_t bytes, U32 (&total)[S][P][4], Step step) {
   for (int64_t long0 = 0; long0 < bytes; long0 += kLong) {
-    U16 even[M][P] = {}, odd[M][P] = {};
+    U16 even[S][P] = {}, odd[S][P] = {};
     const int64_t long1 = min_of(bytes, long0 + kLong);
     for (int64_t c0 = long0; c0 < long1; c0 += kChunk) {
-      const int64_t c1 = min_of(long1, c0 + kChunk);
-      B32 acc[M][P];
+      B32 acc[S][P];
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m)
+      for (int m = 0; m < S; ++m)
 #pragma GCC unroll 8
         for (int q = 0; q < P; ++q) acc[m][q] = B32{};
-      const uint8_t* at = w + c0 * 32;
-      const uint8_t* place = x + c0 * 2 * M;
-      for (int64_t i = c0; i < c1; ++i, at += 32, place += 2 * M) {
-        B32 low[P], high[P];
+      step(c0, min_of(long1, c0 + kChunk), acc);
 #pragma GCC unroll 8
-        for (int q = 0; q < P; ++q) {
-          const B32 v = *reinterpret_cast<const B32*>(at + q * panel);
-          low[q] = v & half;
-          high[q] = B32(U16(v) >> 4) & half;
-        }
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) {
-          const B32 t = *reinterpret_cast<const B32*>(tables + int64_t(place[m]) * 8);
-#pragma GCC unroll 8
-          for (int q = 0; q < P; ++q) acc[m][q] += B32(__builtin_ia32_pshufb256(t, low[q]));
-        }
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) {
-          const B32 t = *reinterpret_cast<const B32*>(tables + int64_t(place[M + m]) * 8);
-#pragma GCC unroll 8
-          for (int q = 0; q < P; ++q) acc[m][q] += B32(__builtin_ia32_pshufb256(t, high[q]));
-        }
-      }
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m)
+      for (int m = 0; m < S; ++m)
 #pragma GCC unroll 8
         for (int q = 0; q < P; ++q) {
           const U16 sum = U16(acc[m][q]);
@@ -326,43 +296,136 @@ void multiply(const uint8_t* w, int64_t panel, const uint8_t* x, int64_t bytes, 
           odd[m][q] += sum >> 8;
         }
     }
-    // Byte 4 i + q of a panel is row 8 q + i: 32-bit lanes come out in the order of the rows.
-    for (int m = 0; m < M; ++m)
+    for (int m = 0; m < S; ++m)
       for (int q = 0; q < P; ++q) {
         const U32 e = U32(even[m][q]), o = U32(odd[m][q]), parts[4] = {e & 0xffff, o & 0xffff, e >> 16, o >> 16};
         for (int i = 0; i < 4; ++i) total[m][q][i] += parts[i];
       }
   }
-  for (int m = 0; m < M; ++m)
-    for (int q = 0; q < P; ++q)
-      for (int i = 0; i < 4; ++i)
-        *reinterpret_cast<U32*>(dots + m * kUnit + q * 32 + i * 8) = uint32_t(k) - 2 * total[m][q][i];
+}
+
+template <int P>
+SLIM_INLINE void store_dots(const U32 (&total)[P][4], int32_t k, int32_t* dots) {
+  for (int q = 0; q < P; ++q)
+    for (int i = 0; i < 4; ++i) *reinterpret_cast<U32*>(dots + q * 32 + i * 8) = uint32_t(k) - 2 * total[q][i];
+}
+
+// P panels of 32 rows x M pairs of columns, of which `columns` are stored.
+template <int P, int M>
+void multiply(const uint8_t* w, int64_t panel, const uint16_t* x, int64_t bytes, int32_t k, int columns,
+              int32_t* dots) {
+  U32 total[2 * M][P][4] = {};
+  const int64_t pitch = 2 * padded(bytes);
+  sum_chunks<2 * M, P>(bytes, total, [&](int64_t c0, int64_t c1, B32(&acc)[2 * M][P]) {
+    const uint8_t* at = w + c0 * 32;
+    const uint16_t* place = x + c0 * 2;
+    const auto add = [&](const B32(&index)[3][P], int64_t offset) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const uint16_t* p = place + m * pitch + offset;
+        const B32 t0 = table_at(p[0]), t1 = table_at(p[1]), t2 = table_at(p[2]);
+#pragma GCC unroll 8
+        for (int q = 0; q < P; ++q) {
+          const B32 sum = look_up(t0, index[0][q]) + look_up(t1, index[1][q]) + look_up(t2, index[2][q]);
+          acc[2 * m][q] += low_half(sum);
+          acc[2 * m + 1][q] += high_half(sum);
+          pin(acc[2 * m][q]);
+          pin(acc[2 * m + 1][q]);
+        }
+      }
+    };
+    int64_t i = c0;
+    for (; i + 3 <= c1; i += 3, at += 96, place += 6) {
+      B32 index[3][P];
+#pragma GCC unroll 8
+      for (int q = 0; q < P; ++q) {
+        const B32 v0 = load32(at + q * panel), v1 = load32(at + q * panel + 32);
+        index[0][q] = low_half(v0), index[1][q] = high_half(v0), index[2][q] = low_half(v1);
+      }
+      add(index, 0);
+#pragma GCC unroll 8
+      for (int q = 0; q < P; ++q) {
+        const B32 v1 = load32(at + q * panel + 32), v2 = load32(at + q * panel + 64);
+        index[0][q] = high_half(v1), index[1][q] = low_half(v2), index[2][q] = high_half(v2);
+      }
+      add(index, 3);
+    }
+    if (i < c1) {  // one or two bytes more; what is missing looks up entry 0 of table 0, which is 0
+      B32 index[3][P];
+      const bool two = i + 2 == c1;
+      for (int q = 0; q < P; ++q) {
+        const B32 v0 = load32(at + q * panel), v1 = two ? load32(at + q * panel + 32) : B32{};
+        index[0][q] = low_half(v0), index[1][q] = high_half(v0), index[2][q] = low_half(v1);
+      }
+      add(index, 0);
+      for (int q = 0; q < P; ++q) {
+        index[0][q] = two ? high_half(load32(at + q * panel + 32)) : B32{};
+        index[1][q] = index[2][q] = B32{};
+      }
+      add(index, 3);
+    }
+  });
+  for (int m = 0; m < columns; ++m) store_dots<P>(total[m], k, dots + m * kUnit);
+}
+
+// P panels of 32 rows x one column, whose partner would be work for nothing.
+template <int P>
+void multiply_one(const uint8_t* w, int64_t panel, const uint8_t* x, int64_t bytes, int32_t k, int32_t* dots) {
+  U32 total[2][P][4] = {};  // of even and of odd bytes, to shorten the chains of additions
+  sum_chunks<2, P>(bytes, total, [&](int64_t c0, int64_t c1, B32(&acc)[2][P]) {
+    const uint8_t* at = w + c0 * 32;
+    for (int64_t i = c0; i < c1; ++i, at += 32) {
+      const B32 low = table_at((x[i] & 15) << 4), high = table_at(x[i] & 240);
+#pragma GCC unroll 8
+      for (int q = 0; q < P; ++q) {
+        const B32 v = load32(at + q * panel);
+        // Only the lower half of a table's byte is this column's.
+        acc[0][q] += low_half(look_up(low, low_half(v)));
+        acc[1][q] += low_half(look_up(high, high_half(v)));
+      }
+    }
+  });
+  for (int q = 0; q < P; ++q)
+    for (int i = 0; i < 4; ++i) total[0][q][i] += total[1][q][i];
+  store_dots<P>(total[0], k, dots);
 }
 
 template <int M>
-SLIM_INLINE void multiply_unit(const Params& p, const uint8_t* w, int panels, const uint8_t* x, int32_t* dots) {
+SLIM_INLINE void multiply_unit(const Params& p, const uint8_t* w, int panels, const uint16_t* x, int columns,
+                               int32_t* dots) {
   const int64_t bytes = p.plan.header->depth, panel = bytes * 32;
-  if (panels == 2) return multiply<2, M>(w, panel, x, bytes, length(p), dots);
-  multiply<1, M>(w, panel, x, bytes, length(p), dots);
+  if (panels == 2) return multiply<2, M>(w, panel, x, bytes, length(p), columns, dots);
+  multiply<1, M>(w, panel, x, bytes, length(p), columns, dots);
 }
 
-// What a task keeps of its columns: places of tables for 4 columns at a time, then for 2, then for 1.
-int64_t prepared_bytes(const Params& p) { return kBlock * column_bytes(p) * 2; }
+// What a task keeps of its columns: where their tables lie, by pairs.
+int64_t prepared_bytes(const Params& p) { return kBlock / 2 * padded(column_bytes(p)) * 4; }
 void prepare(const Params& p, const Columns& c, int64_t count, uint8_t* out) {
+  if (count == 1) return;
   const int64_t bytes = p.plan.header->depth;
-  int64_t j = 0;
-  for (; j + 4 <= count; j += 4) places<4>(c.bits + j * c.stride, c.stride, bytes, out + j * bytes * 2);
-  if (j + 2 <= count) places<2>(c.bits + j * c.stride, c.stride, bytes, out + j * bytes * 2), j += 2;
-  if (j < count) places<1>(c.bits + j * c.stride, c.stride, bytes, out + j * bytes * 2);
+  for (int64_t j = 0; j < count; j += 2) {
+    const uint8_t* a = c.bits + j * c.stride;
+    places(a, j + 1 < count ? a + c.stride : a, bytes, reinterpret_cast<uint16_t*>(out) + j * padded(bytes));
+  }
 }
-void multiply_block(const Params& p, const uint8_t* w, int64_t rows, const Columns&, const uint8_t* x, int64_t count,
-                    int32_t* dots) {
-  const int64_t bytes = p.plan.header->depth;
+void multiply_block(const Params& p, const uint8_t* w, int64_t rows, const Columns& c, const uint8_t* prepared,
+                    int64_t count, int32_t* dots) {
+  const int64_t bytes = p.plan.header->depth, pitch = padded(bytes);
   const int panels = int(ceil_div(rows, 32));
+  const uint16_t* x = reinterpret_cast<const uint16_t*>(prepared);
+  if (count == 1) {
+    if (panels == 2) return multiply_one<2>(w, bytes * 32, c.bits, bytes, length(p), dots);
+    return multiply_one<1>(w, bytes * 32, c.bits, bytes, length(p), dots);
+  }
   int64_t j = 0;
-  for (; j + 4 <= count; j += 4) multiply_unit<4>(p, w, panels, x + j * bytes * 2, dots + j * kUnit);
-  if (j + 2 <= count) multiply_unit<2>(p, w, panels, x + j * bytes * 2, dots + j * kUnit), j += 2;
-  if (j < count) multiply_unit<1>(p, w, panels, x + j * bytes * 2, dots + j * kUnit);
+  for (; j + 6 <= count; j += 6) multiply_unit<3>(p, w, panels, x + j * pitch, 6, dots + j * kUnit);
+  const int left = int(count - j);
+  if (left > 4)
+    multiply_unit<3>(p, w, panels, x + j * pitch, left, dots + j * kUnit);
+  else if (left > 2)
+    multiply_unit<2>(p, w, panels, x + j * pitch, left, dots + j * kUnit);
+  else if (left > 0)
+    multiply_unit<1>(p, w, panels, x + j * pitch, left, dots + j * kUnit);
 }
 
 #else  // words
