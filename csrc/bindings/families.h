@@ -65,6 +65,16 @@ Tensor conv2d_to_bits(Tensor x, int64_t channels, Tensor signs, SLIM_OPT plan, T
 Tensor scale_dots(Tensor dots, Tensor scale, SLIM_OPT bias, bool relu);
 }  // namespace slim::binary
 
+namespace slim::codebook {
+Tensor linear(Tensor x, Tensor codebook, Tensor codes, int64_t rows, int64_t bits, int64_t group_size, bool zero,
+              SLIM_OPT bias, bool relu);
+Tensor conv2d(Tensor x, Tensor codebook, Tensor codes, int64_t rows, int64_t bits, int64_t group_size, bool zero,
+              SLIM_OPT bias, SLIM_INTS kernel, SLIM_INTS stride, SLIM_INTS padding, SLIM_INTS dilation, int64_t groups,
+              bool relu);
+Tensor decode(Tensor codebook, Tensor codes, int64_t rows, int64_t width, int64_t bits, int64_t group_size);
+Tensor sum_members(Tensor grad_weight, Tensor codes, int64_t bits, int64_t group_size, bool zero);
+}  // namespace slim::codebook
+
 namespace slim::kmeans {
 Tensor kmeans_1d(Tensor values, Tensor centroids, SLIM_OPT importance, int64_t iterations, double tolerance);
 Tensor quantiles_1d(Tensor values, SLIM_OPT importance, int64_t k);

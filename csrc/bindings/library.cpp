@@ -5,6 +5,7 @@
 #define WEIGHT "Tensor values, Tensor columns, Tensor row_offsets"
 #define PLANS "Tensor? plan, Tensor? backward_plan"
 #define SIGNS "Tensor signs, Tensor scale, Tensor? plan"
+#define TABLES "int bits, int group_size, bool zero"
 #define GEOMETRY "int[] kernel, int[] stride, int[] padding, int[] dilation, int groups"
 
 // A forward operator and the same without a derivative, named _inference: autograd's wrapper costs as much as a small layer.
@@ -49,6 +50,13 @@ STABLE_TORCH_LIBRARY(slimtorch, m) {
         GEOMETRY ") -> Tensor");
   m.def("binary_scale_dots(Tensor dots, Tensor scale, Tensor? bias, bool relu) -> Tensor");
 
+  SLIM_DEF("codebook_linear",
+           "(Tensor x, Tensor codebook, Tensor codes, int rows, " TABLES ", Tensor? bias, bool relu) -> Tensor");
+  SLIM_DEF("codebook_conv2d", "(Tensor x, Tensor codebook, Tensor codes, int rows, " TABLES ", Tensor? bias, " GEOMETRY
+                              ", bool relu) -> Tensor");
+  m.def("codebook_decode(Tensor codebook, Tensor codes, int rows, int width, int bits, int group_size) -> Tensor");
+  m.def("codebook_sum_members(Tensor grad_weight, Tensor codes, " TABLES ") -> Tensor");
+
   m.def("kmeans_1d(Tensor values, Tensor centroids, Tensor? importance, int iterations, float tolerance) -> Tensor");
   m.def("quantiles_1d(Tensor values, Tensor? importance, int k) -> Tensor");
   m.def("assign_1d(Tensor values, Tensor centroids) -> Tensor");
@@ -85,6 +93,11 @@ STABLE_TORCH_LIBRARY_IMPL(slimtorch, CPU, m) {
   m.impl("binary_linear_to_bits", TORCH_BOX(&slim::binary::linear_to_bits));
   m.impl("binary_conv2d_to_bits", TORCH_BOX(&slim::binary::conv2d_to_bits));
   m.impl("binary_scale_dots", TORCH_BOX(&slim::binary::scale_dots));
+
+  SLIM_IMPL("codebook_linear", slim::codebook::linear);
+  SLIM_IMPL("codebook_conv2d", slim::codebook::conv2d);
+  m.impl("codebook_decode", TORCH_BOX(&slim::codebook::decode));
+  m.impl("codebook_sum_members", TORCH_BOX(&slim::codebook::sum_members));
 
   m.impl("kmeans_1d", TORCH_BOX(&slim::kmeans::kmeans_1d));
   m.impl("quantiles_1d", TORCH_BOX(&slim::kmeans::quantiles_1d));

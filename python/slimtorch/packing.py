@@ -528,7 +528,10 @@ def _plain_twin(module: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
             cast("str | Pair", module.padding), cast(Pair, module.dilation), module.groups, module.bias is not None,
             module.padding_mode, meta,
         )  # fmt: skip
-    twin.weight = nn.Parameter(module.weight.detach(), requires_grad=module.weight.requires_grad)
+    held = module.weight
+    if parametrize.is_parametrized(module, "weight"):  # what is computed has no gradient under no_grad
+        held = cast(Any, module).parametrizations.weight.original
+    twin.weight = nn.Parameter(module.weight.detach(), requires_grad=held.requires_grad)
     if module.bias is not None:
         twin.bias = module.bias
     return twin.eval()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ISAS = [name for name, missing in _C.isas().items() if not missing]
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-each_input = pytest.mark.parametrize("binarize", (True, False), ids=("signs", "float"))
+each_input = pytest.mark.parametrize("binarize", [True, False], ids=("signs", "float"))
 
 
 def tensors(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Binary, Tensor]:
@@ -70,7 +71,7 @@ def check(problem: Problem, dtype: torch.dtype, binarize: bool) -> Tensor:
     ones = torch.ones_like(x) if binarize else x.abs()
     bound = product(ones.double(), wide(magnitudes).to_dense().abs(), bias.double().abs(), **geometry(problem))
     # Sign x sign sums nothing but a product and a bias, however long the row.
-    terms = 2 if binarize else weight.shape[1] * (len(weight.shape) > 2 and weight.shape[2] * weight.shape[3] or 1) + 2
+    terms = 2 if binarize else math.prod(weight.shape[1:]) + 2
     assert_close(y, exact(x, weight, bias, **options), bound, terms)
     assert torch.equal(apply(x, weight, bias, relu=True, **options), y.relu())
     return y
@@ -126,7 +127,8 @@ def test_counts_beyond_16_bits() -> None:
 
 @each_dtype
 def test_what_counts_as_plus_one(dtype: torch.dtype) -> None:
-    x = torch.tensor([[0.0, -0.0, 1e-30, -1e-30, float("inf"), -float("inf"), float("nan"), -float("nan")]], dtype=dtype)
+    inf, nan = float("inf"), float("nan")
+    x = torch.tensor([[0.0, -0.0, 1e-30, -1e-30, inf, -inf, nan, -nan]], dtype=dtype)
     eye = Binary.pack(torch.eye(8, dtype=dtype) * 2 - 1, scale=False)
     expected = reference.binarize(x)
     assert expected.tolist() == [[1, 1, 1, -1, 1, -1, -1, -1]]
@@ -149,7 +151,7 @@ def test_nan_and_inf_propagate_through_float_activations(dtype: torch.dtype) -> 
 @each_input
 @pytest.mark.parametrize(
     "problem",
-    (LinearProblem("linear", 33, 40, 129), ConvProblem("conv", 3, 12, 20, 9, 9, padding=(1, 1), groups=2)),
+    [LinearProblem("linear", 33, 40, 129), ConvProblem("conv", 3, 12, 20, 9, 9, padding=(1, 1), groups=2)],
     ids=str,
 )
 def test_layouts_and_threads(problem: Problem, binarize: bool) -> None:
@@ -222,7 +224,7 @@ def test_gradcheck_of_float_activations(problem: Problem) -> None:
 @each_problem
 @each_input
 @each_dtype
-@pytest.mark.parametrize("relu", (False, True), ids=("plain", "relu"))
+@pytest.mark.parametrize("relu", [False, True], ids=("plain", "relu"))
 def test_gradients(problem: Problem, relu: bool, dtype: torch.dtype, binarize: bool) -> None:
     x, weight, bias = tensors(problem, dtype)
     x = torch.cat([x.flatten()[:-4], torch.tensor([1, -1, 1.5, torch.nan], dtype=dtype)]).view_as(x) if binarize else x

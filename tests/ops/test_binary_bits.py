@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -68,7 +69,7 @@ def test_bits(problem: Problem) -> None:
     check_bits(problem)
 
 
-@pytest.mark.parametrize("count", (1, 8, 63, 64, 65, 200))
+@pytest.mark.parametrize("count", [1, 8, 63, 64, 65, 200])
 def test_packed_signs_round_trip(count: int) -> None:
     x = random(3, 4, count)
     bits = reference.pack_signs(x)
@@ -82,7 +83,8 @@ def test_packed_signs_round_trip(count: int) -> None:
 def awkward_norm(kind: type[nn.BatchNorm1d] | type[nn.BatchNorm2d], channels: int, seed: int) -> nn.Module:
     """Batch norm as training leaves it, and worse: gamma negative or zero, tiny variance, means that dots hit."""
     norm = kind(channels)
-    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     with torch.no_grad():
         norm.weight.copy_(random(channels, seed=seed))
         norm.weight[::5] = 0
@@ -96,9 +98,9 @@ def awkward_norm(kind: type[nn.BatchNorm1d] | type[nn.BatchNorm2d], channels: in
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize("scale", (False, True), ids=("ones", "scaled"))
-@pytest.mark.parametrize("relu", (False, True), ids=("plain", "relu"))
-@pytest.mark.parametrize("k", (9, 64, 301))
+@pytest.mark.parametrize("scale", [False, True], ids=("ones", "scaled"))
+@pytest.mark.parametrize("relu", [False, True], ids=("plain", "relu"))
+@pytest.mark.parametrize("k", [9, 64, 301])
 def test_thresholds_of_every_dot_product(k: int, relu: bool, scale: bool, dtype: torch.dtype) -> None:
     """All k + 1 dot products, through the layer and batch norm, against the bits."""
     rows = 67
@@ -125,7 +127,7 @@ def linear_network() -> nn.Sequential:
     torch.manual_seed(1)
     sizes = (50, 130, 64, 33)
     layers: list[nn.Module] = [slim.nn.BinaryLinear(20, 50, binarize_input=False), nn.BatchNorm1d(50)]
-    for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for i, (a, b) in enumerate(itertools.pairwise(sizes)):
         layers += [slim.nn.BinaryLinear(a, b, scale=i != 1), awkward_norm(nn.BatchNorm1d, b, i), nn.Hardtanh()]
     layers += [nn.Dropout(), slim.nn.BinaryLinear(33, 10), nn.BatchNorm1d(10)]
     return nn.Sequential(*layers).eval()
@@ -147,7 +149,7 @@ def conv_network() -> nn.Sequential:
 
 
 @pytest.mark.parametrize(
-    ("network", "shape", "links"), ((linear_network, (33, 20), 3), (conv_network, (5, 3, 19, 17), 3))
+    ("network", "shape", "links"), [(linear_network, (33, 20), 3), (conv_network, (5, 3, 19, 17), 3)]
 )
 def test_fused_networks_predict_the_same(network: Any, shape: tuple[int, ...], links: int) -> None:
     model = network()
@@ -195,7 +197,7 @@ def test_even_kernels_with_padding_same() -> None:
     assert torch.allclose(layer(x), dense(reference.binarize(x)), atol=1e-5)
 
 
-@pytest.mark.parametrize("layer", ("linear", "conv2d"))
+@pytest.mark.parametrize("layer", ["linear", "conv2d"])
 def test_opcheck(layer: str) -> None:
     problem: Problem = (
         LinearProblem("", 5, 70, 33) if layer == "linear" else ConvProblem("", 2, 5, 9, 6, 5, padding=(1, 1))

@@ -216,16 +216,15 @@ class BinaryConv2d(_BinaryLayer, PackedConv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input [N, C, H, W]`` or ``[C, H, W]`` to the output of ``nn.Conv2d``."""
-        extra, sides = self._extra, self._sides
-        if extra is not None and not self.binarize_input:
-            input = F.pad(input, extra)
-        elif extra is not None:  # zeros that F.pad adds would count as +1
-            left, right, top, bottom = extra
-            sides = (bottom, right)  # one more than on the other side, which is cut off below
+        x, sides, cut = input, self._sides, (0, 0)
+        if self._extra is not None and self.binarize_input:
+            # Zeros that are there before the signs are taken would count as +1: the operator pads both sides alike.
+            left, right, top, bottom = self._extra
+            sides, cut = (bottom, right), (bottom - top, right - left)
+        elif self._extra is not None:
+            x = F.pad(input, self._extra)
         y = ops.binary_conv2d(
-            input, self.format, self.bias, self.stride, sides, self.dilation, self.groups,
+            x, self.format, self.bias, self.stride, sides, self.dilation, self.groups,
             binarize_input=self.binarize_input, activation=self.activation,
         )  # fmt: skip
-        if extra is not None and self.binarize_input:
-            y = y[..., bottom - top :, right - left :].contiguous()
-        return y
+        return y if cut == (0, 0) else y[..., cut[0] :, cut[1] :]

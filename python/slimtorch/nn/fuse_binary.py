@@ -12,9 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
-
 
 from slimtorch.nn.binary import BinaryConv2d, BinaryLinear
 from slimtorch.ops.binary import (
@@ -38,8 +36,8 @@ class FusedBinary(nn.Module):
     Args:
         layer: the layer that does the work.
         takes_bits: the input is packed, as the layer before emits it.
-        thresholds, rising: ``[out]`` int32 and bool, see :func:`slimtorch.ops.binary.binary_thresholds`; None for a layer
-            that ends a chain and gives floats.
+        thresholds, rising: ``[out]`` int32 and bool, see :func:`slimtorch.ops.binary.binary_thresholds`; None for a
+            layer that ends a chain and gives floats.
 
     Shapes: floats as in the layer; bits ``[..., bytes]`` uint8 or, of a convolution, ``[N, H, W, bytes]``, where bit
     ``b & 7`` of byte ``b >> 3`` belongs to feature or channel ``b``, 1 for +1, in whole 64-bit words.
@@ -107,7 +105,7 @@ def fuse_binary_(model: nn.Module) -> FuseReport:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if model.training:
-        raise ValueError("model: expected a model in eval() mode, got one in training; its batch norm would still change")
+        raise ValueError("model: expected a model in eval() mode, got one in training: batch norm would still change")
     links: list[tuple[str, str, str]] = []
     for prefix, module in list(model.named_modules()):
         if isinstance(module, nn.Sequential):

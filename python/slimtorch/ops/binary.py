@@ -129,8 +129,8 @@ def _with_scale(weight: Binary, scale: Tensor) -> Binary:
 
 # ---- packed activations: what consecutive binary layers pass on ------------------------------------------------------
 #
-# uint8 [..., bytes] of a linear layer, [N, H, W, bytes] of a convolution. Bit b & 7 of byte b >> 3 belongs to feature or
-# channel b and is 1 for +1. Whole 64-bit words; bits after the last feature are 0.
+# uint8 [..., bytes] of a linear layer, [N, H, W, bytes] of a convolution. Bit b & 7 of byte b >> 3 belongs to feature
+# or channel b and is 1 for +1. Whole 64-bit words; bits after the last feature are 0.
 
 
 def binary_linear_to_bits(x: Tensor, weight: Binary, thresholds: Tensor, rising: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ def binary_linear_to_bits(x: Tensor, weight: Binary, thresholds: Tensor, rising:
     Returns:
         ``[..., 8 * ceil(out_features / 64)]`` uint8.
     """
-    rows, width = weight.shape
+    _rows, width = weight.shape
     if x.device.type == "cpu":
         return _ops.binary_linear_to_bits(x, width, weight.signs, weight.plan(), thresholds, rising)
     dots = reference.linear(_unpacked(x, width), _unscaled(weight))
@@ -166,7 +166,7 @@ def binary_conv2d_to_bits(
     x: Tensor, weight: Binary, thresholds: Tensor, rising: Tensor, stride: Pair = (1, 1), padding: Pair = (0, 0),
     dilation: Pair = (1, 1), groups: int = 1,
 ) -> Tensor:  # fmt: skip
-    """As :func:`binary_linear_to_bits`, from ``[N, C, H, W]`` or packed ``[N, H, W, bytes]`` to ``[N, Ho, Wo, bytes]``."""
+    """As :func:`binary_linear_to_bits`, from ``[N, C, H, W]`` or ``[N, H, W, bytes]`` to ``[N, Ho, Wo, bytes]``."""
     geometry, channels = (stride, padding, dilation, groups), weight.shape[1] * groups
     if x.device.type == "cpu":
         return _ops.binary_conv2d_to_bits(
@@ -196,8 +196,8 @@ def binary_thresholds(
 ) -> tuple[Tensor, Tensor]:
     """Thresholds and directions with which the ``…_to_bits`` operators give ``sign(then(layer(x)))``, bit for bit.
 
-    ``then`` maps outputs ``[m, out]`` (of a convolution ``[m, out, 4, 4]``) to the same shape, each row of the weight on
-    its own, and must not rise for some outputs of a row and fall for others: batch norm, Hardtanh, …  It is evaluated,
+    ``then`` maps outputs ``[m, out]`` (of a convolution ``[m, out, 4, 4]``) to the same shape, each row of the weight
+    on its own, and must not rise for some outputs of a row and fall for others: batch norm, Hardtanh, …  It is evaluated,
     with the kernel's own arithmetic before it, at those of the possible dot products that a binary search asks for.
 
     Returns:
