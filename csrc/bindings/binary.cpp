@@ -35,9 +35,9 @@ int64_t float_kind(DType dtype) { return dtype == DType::f64 ? kDoubleKind : kFl
 
 Signs signs_of(const Tensor& signs, int64_t rows, int64_t channels, int64_t kernel_h, int64_t kernel_w,
                int64_t groups) {
-  STD_TORCH_CHECK(signs.is_cpu() && signs.scalar_type() == ScalarType::Byte && signs.dim() == 1 &&
-                      signs.is_contiguous(),
-                  "signs: expected a contiguous 1-D uint8 CPU tensor");
+  STD_TORCH_CHECK(
+      signs.is_cpu() && signs.scalar_type() == ScalarType::Byte && signs.dim() == 1 && signs.is_contiguous(),
+      "signs: expected a contiguous 1-D uint8 CPU tensor");
   STD_TORCH_CHECK(rows >= 0 && channels >= 0 && kernel_h > 0 && kernel_w > 0 && kernel_h <= INT32_MAX / kernel_w &&
                       channels <= INT32_MAX / (kernel_h * kernel_w),
                   "kernel: expected fewer than 2**31 taps over all channels");
@@ -252,8 +252,7 @@ Tensor conv2d(Tensor x, Tensor signs, Tensor scale, std::optional<Tensor> plan, 
   Params p{};
   p.a = conv_activations(x, conv_geometry(x, kernel, stride, padding, dilation), rows);
   const ConvGeometry& g = p.a.geometry;
-  const PlanHolder holder(plan, conv_signs(signs, g, rows, groups),
-                          binarize_input ? kSignKind : float_kind(p.a.dtype));
+  const PlanHolder holder(plan, conv_signs(signs, g, rows, groups), binarize_input ? kSignKind : float_kind(p.a.dtype));
   x = as_contiguous(x);
   bias = checked_bias(bias, x, rows);
   Tensor y = like(x, {g.batch, rows, g.out_h, g.out_w});

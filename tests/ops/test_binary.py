@@ -84,7 +84,7 @@ K = (1, 7, 8, 31, 63, 64, 65, 127, 128, 129, 247, 248, 249, 500, 1027)
 
 @each_dtype
 @each_input
-@pytest.mark.parametrize("problem", (p for p in EDGE_LINEAR + EDGE_CONV if "density" not in p.name), ids=str)
+@pytest.mark.parametrize("problem", [p for p in EDGE_LINEAR + EDGE_CONV if "density" not in p.name], ids=str)
 def test_edges(problem: Problem, binarize: bool, dtype: torch.dtype) -> None:
     check(problem, dtype, binarize)
 
@@ -109,7 +109,7 @@ def channels() -> Iterator[ConvProblem]:
 
 @each_dtype
 @each_input
-@pytest.mark.parametrize("problem", channels(), ids=str)
+@pytest.mark.parametrize("problem", list(channels()), ids=str)
 def test_channels(problem: ConvProblem, binarize: bool, dtype: torch.dtype) -> None:
     check(problem, dtype, binarize)
 

@@ -23,12 +23,12 @@ struct LookUp {
   static constexpr int L = Simd<T>::kLanes;
   static constexpr int B = L == 16 ? 4 : L == 8 ? 3 : L == 4 ? 2 : 1;
   static constexpr int kWordBits = int(sizeof(T)) * 8;
-  static constexpr int G = kWordBits / B;       // look-ups in a word
-  static constexpr int kUsed = G * B;           // inputs in a word
-  static constexpr int kColumns = 4;            // columns whose tables are made together
+  static constexpr int G = kWordBits / B;  // look-ups in a word
+  static constexpr int kUsed = G * B;      // inputs in a word
+  static constexpr int kColumns = 4;       // columns whose tables are made together
   static constexpr int64_t kWords = 16384 / (G * L * int(sizeof(T)) * kColumns) > 0
                                         ? 16384 / (G * L * int(sizeof(T)) * kColumns)
-                                        : 1;    // of a block of k: 16 KiB of tables
+                                        : 1;  // of a block of k: 16 KiB of tables
   static constexpr int64_t kDepth = kWords * kUsed;
   static constexpr int64_t kTableBytes = kWords * G * L * int64_t(sizeof(T)) * kColumns;
   using V = typename Simd<T>::V;
@@ -106,12 +106,11 @@ void look_up_rows(const uint8_t* w, int64_t panel, int64_t panels, const T* tabl
   int64_t i = 0;
   for (; i + P <= panels; i += P)
     look_up<T, P, M>(w + i * panel * kBytes, panel, tables, words, acc + i * LookUp<T>::L, pitch);
-  for (; i < panels; ++i)
-    look_up<T, 1, M>(w + i * panel * kBytes, panel, tables, words, acc + i * LookUp<T>::L, pitch);
+  for (; i < panels; ++i) look_up<T, 1, M>(w + i * panel * kBytes, panel, tables, words, acc + i * LookUp<T>::L, pitch);
 }
 
-constexpr int64_t kFloatBlock = 32;     // columns of a linear task
-constexpr int64_t kLinearRows = 1024;   // rows whose sums are kept at once
+constexpr int64_t kFloatBlock = 32;    // columns of a linear task
+constexpr int64_t kLinearRows = 1024;  // rows whose sums are kept at once
 constexpr int64_t kConvRows = 256;
 
 // Columns first … first + count of x(k, column), k0 … k1 of the plan's k, into acc [count, pitch].
@@ -209,9 +208,9 @@ void float_conv(const Params& p, int64_t task, void* workspace) {
         accumulate<T>(p.plan.weights + (i * h.depth + word) * kBytes, h.depth, panels, depth,
                       source.tiles[tile].vectors * Source::kLanes, tables, acc + tile * kPanel * pitch, pitch,
                       [&](int64_t q, int64_t j) {
-                        const char* at = base + (Source::kTable ? int64_t(low.table[q]) : q * low.pitch);
-                        return reinterpret_cast<const T*>(at)[j];
-                      });
+          const char* at = base + (Source::kTable ? int64_t(low.table[q]) : q * low.pitch);
+          return reinterpret_cast<const T*>(at)[j];
+        });
       }
     }
     for (int tile = 0; tile < source.tile_count; ++tile) {

@@ -601,8 +601,7 @@ void write_bits(const Params& p, int64_t row, int64_t rows, int64_t first, int64
     uint64_t word = 0;
     for (int64_t i = 0; i < rows; ++i) word |= uint64_t(dots[i] * sign[i] >= least[i]) << i;
     uint8_t* out = p.out_bits + (first + j) * p.out_stride + (row >> 3);
-    for (int64_t b = 0; b * 8 < rows + shift; ++b)
-      out[b] |= uint8_t(b == 0 ? word << shift : word >> (8 * b - shift));
+    for (int64_t b = 0; b * 8 < rows + shift; ++b) out[b] |= uint8_t(b == 0 ? word << shift : word >> (8 * b - shift));
   }
 }
 
@@ -611,9 +610,7 @@ void write_bits(const Params& p, int64_t row, int64_t rows, int64_t first, int64
 int64_t group_count(const Params& p) { return ceil_div(columns_of(p.a), kBlock); }
 
 // Workspace: dots [kBlock, kUnit] | inside [kBlock] | columns [kBlock, stride] (convolutions) | prepared
-SLIM_INLINE int64_t lowered_bytes(const Params& p) {
-  return p.a.conv ? align64(kBlock * (column_bytes(p) + 8)) : 0;
-}
+SLIM_INLINE int64_t lowered_bytes(const Params& p) { return p.a.conv ? align64(kBlock * (column_bytes(p) + 8)) : 0; }
 constexpr int64_t kDotBytes = kBlock * kUnit * 4, kInsideBytes = kBlock * int64_t(sizeof(Inside));
 int64_t workspace_bytes(const Params& p) {
   return kDotBytes + kInsideBytes + lowered_bytes(p) + align64(prepared_bytes(p)) + 64;

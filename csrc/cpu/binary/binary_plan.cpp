@@ -87,8 +87,7 @@ std::vector<char> build_plan(const Signs& s, const Layout& layout) {
     if (layout.order == Order::lanes) {
       for (int64_t i = 0; i < h.depth; ++i) {
         const int64_t k = i * layout.used_bits;
-        const uint64_t bits =
-            bits_at(s.stream, r * s.width() + k, std::min<int64_t>(layout.used_bits, s.width() - k));
+        const uint64_t bits = bits_at(s.stream, r * s.width() + k, std::min<int64_t>(layout.used_bits, s.width() - k));
         std::memcpy(panel + (i * lanes + lane) * word, &bits, size_t(word));  // little-endian
       }
       continue;

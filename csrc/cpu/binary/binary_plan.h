@@ -39,8 +39,8 @@ struct PlanHeader {
   uint64_t magic;
   Layout layout;
   int64_t rows, channels, kernel_h, kernel_w, groups;
-  int64_t depth;   // words (or bytes) of k in a row
-  int64_t panels;  // of a group: no panel holds rows of two groups
+  int64_t depth;                   // words (or bytes) of k in a row
+  int64_t panels;                  // of a group: no panel holds rows of two groups
   int64_t weights, border, bytes;  // offsets of the two arrays, and the size of all
 };
 

@@ -197,7 +197,7 @@ def binary_thresholds(
     """Thresholds and directions with which the ``…_to_bits`` operators give ``sign(then(layer(x)))``, bit for bit.
 
     ``then`` maps outputs ``[m, out]`` (of a convolution ``[m, out, 4, 4]``) to the same shape, each row of the weight
-    on its own, and must not rise for some outputs of a row and fall for others: batch norm, Hardtanh, …  It is evaluated,
+    on its own, and must not rise for some outputs of a row and fall for others: batch norm, Hardtanh. It is evaluated,
     with the kernel's own arithmetic before it, at those of the possible dot products that a binary search asks for.
 
     Returns:
