@@ -230,19 +230,21 @@ typedef char B32 __attribute__((vector_size(32), may_alias, aligned(1)));
 typedef uint16_t U16 __attribute__((vector_size(32), may_alias));
 typedef uint32_t U32 __attribute__((vector_size(32), may_alias, aligned(1)));
 
-// byte[b << 4 | a][w] = popcount(a ^ w) + 16 * popcount(b ^ w)
+// byte[b << 4 | a][w] = popcount(a ^ w) + 16 * popcount(b ^ w), and without b: byte[a][w] = popcount(a ^ w).
+template <int N>
 struct Tables {
-  alignas(64) char byte[256][16];
+  alignas(64) char byte[N][16];
   constexpr Tables() : byte() {
-    for (int x = 0; x < 256; ++x)
+    for (int x = 0; x < N; ++x)
       for (int w = 0; w < 16; ++w) {
         int a = 0, b = 0;
         for (int i = 0; i < 4; ++i) a += ((x ^ w) >> i) & 1, b += (((x >> 4) ^ w) >> i) & 1;
-        byte[x][w] = char(a + 16 * b);
+        byte[x][w] = char(a + (N > 16 ? 16 * b : 0));
       }
   }
 };
-constexpr Tables kTables;
+constexpr Tables<256> kPairs;
+constexpr Tables<16> kSingles;
 
 constexpr int64_t kChunk = 30;           // bytes of k: 60 look-ups of at most 4 stay below 256
 constexpr int64_t kLong = 270 * kChunk;  // and these below 65536
@@ -250,8 +252,8 @@ constexpr int64_t kLong = 270 * kChunk;  // and these below 65536
 SLIM_INLINE B32 load32(const uint8_t* p) { return *reinterpret_cast<const B32*>(p); }
 SLIM_INLINE B32 low_half(B32 v) { return v & (B32{} + 15); }
 SLIM_INLINE B32 high_half(B32 v) { return B32(U16(v) >> 4) & (B32{} + 15); }
-SLIM_INLINE B32 table_at(int64_t offset) {
-  const B16 t = *reinterpret_cast<const B16*>(kTables.byte[0] + offset);
+SLIM_INLINE B32 table_at(const char* p) {
+  const B16 t = *reinterpret_cast<const B16*>(p);
   return __builtin_shufflevector(t, t, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7, 8,
                                  9, 10, 11, 12, 13, 14, 15);
 }
@@ -316,6 +318,7 @@ void multiply(const uint8_t* w, int64_t panel, const uint16_t* x, int64_t bytes,
               int32_t* dots) {
   U32 total[2 * M][P][4] = {};
   const int64_t pitch = 2 * padded(bytes);
+  const char* tables = kPairs.byte[0];
   sum_chunks<2 * M, P>(bytes, total, [&](int64_t c0, int64_t c1, B32(&acc)[2 * M][P]) {
     const uint8_t* at = w + c0 * 32;
     const uint16_t* place = x + c0 * 2;
@@ -323,7 +326,7 @@ void multiply(const uint8_t* w, int64_t panel, const uint16_t* x, int64_t bytes,
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
         const uint16_t* p = place + m * pitch + offset;
-        const B32 t0 = table_at(p[0]), t1 = table_at(p[1]), t2 = table_at(p[2]);
+        const B32 t0 = table_at(tables + p[0]), t1 = table_at(tables + p[1]), t2 = table_at(tables + p[2]);
 #pragma GCC unroll 8
         for (int q = 0; q < P; ++q) {
           const B32 sum = look_up(t0, index[0][q]) + look_up(t1, index[1][q]) + look_up(t2, index[2][q]);
@@ -375,13 +378,12 @@ void multiply_one(const uint8_t* w, int64_t panel, const uint8_t* x, int64_t byt
   sum_chunks<2, P>(bytes, total, [&](int64_t c0, int64_t c1, B32(&acc)[2][P]) {
     const uint8_t* at = w + c0 * 32;
     for (int64_t i = c0; i < c1; ++i, at += 32) {
-      const B32 low = table_at((x[i] & 15) << 4), high = table_at(x[i] & 240);
+      const B32 low = table_at(kSingles.byte[x[i] & 15]), high = table_at(kSingles.byte[x[i] >> 4]);
 #pragma GCC unroll 8
       for (int q = 0; q < P; ++q) {
         const B32 v = load32(at + q * panel);
-        // Only the lower half of a table's byte is this column's.
-        acc[0][q] += low_half(look_up(low, low_half(v)));
-        acc[1][q] += low_half(look_up(high, high_half(v)));
+        acc[0][q] += look_up(low, low_half(v));
+        acc[1][q] += look_up(high, high_half(v));
       }
     }
   });
