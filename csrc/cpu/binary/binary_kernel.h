@@ -226,7 +226,8 @@ Columns lower(const Params& p, int64_t group, int64_t first, int64_t count, uint
 #if SLIM_LOOK_UP
 
 typedef char B16 __attribute__((vector_size(16), may_alias, aligned(1)));
-typedef char B32 __attribute__((vector_size(32), may_alias, aligned(1)));
+typedef char V32 __attribute__((vector_size(32), may_alias));
+typedef char B32 __attribute__((vector_size(32), may_alias, aligned(1)));  // anywhere in memory
 typedef uint16_t U16 __attribute__((vector_size(32), may_alias));
 typedef uint32_t U32 __attribute__((vector_size(32), may_alias, aligned(1)));
 
@@ -249,20 +250,26 @@ constexpr Tables<16> kSingles;
 constexpr int64_t kChunk = 30;           // bytes of k: 60 look-ups of at most 4 stay below 256
 constexpr int64_t kLong = 270 * kChunk;  // and these below 65536
 
-SLIM_INLINE B32 load32(const uint8_t* p) { return *reinterpret_cast<const B32*>(p); }
-SLIM_INLINE B32 low_half(B32 v) { return v & (B32{} + 15); }
-SLIM_INLINE B32 high_half(B32 v) { return B32(U16(v) >> 4) & (B32{} + 15); }
-SLIM_INLINE B32 table_at(const char* p) {
+SLIM_INLINE V32 load32(const uint8_t* p) { return *reinterpret_cast<const B32*>(p); }
+SLIM_INLINE V32 low_half(V32 v) { return v & (V32{} + 15); }
+SLIM_INLINE V32 high_half(V32 v) { return V32(U16(v) >> 4) & (V32{} + 15); }
+// Sixteen bytes in both lanes.
+SLIM_INLINE V32 table_at(const char* p) {
   const B16 t = *reinterpret_cast<const B16*>(p);
+#ifdef __clang__
   return __builtin_shufflevector(t, t, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7, 8,
                                  9, 10, 11, 12, 13, 14, 15);
+#else
+  typedef long long Q2 __attribute__((vector_size(16)));  // a shuffle becomes a load and a permutation here
+  return V32(__builtin_ia32_vbroadcastsi256(Q2(t)));
+#endif
 }
-SLIM_INLINE B32 look_up(B32 table, B32 index) {
+SLIM_INLINE V32 look_up(V32 table, V32 index) {
   typedef char Q32 __attribute__((vector_size(32)));
-  return B32(__builtin_ia32_pshufb256(Q32(table), Q32(index)));
+  return V32(__builtin_ia32_pshufb256(Q32(table), Q32(index)));
 }
 // Keeps the compiler from moving additions together: it would run out of registers.
-SLIM_INLINE void pin(B32& v) { asm("" : "+x"(v)); }
+SLIM_INLINE void pin(V32& v) { asm("" : "+x"(v)); }
 
 // Where the tables of a pair of columns lie, in bytes, for each half byte of k, padded with zeros to three bytes of k.
 SLIM_INLINE int64_t padded(int64_t bytes) { return (bytes + 2) / 3 * 3; }
@@ -283,11 +290,11 @@ SLIM_INLINE void sum_chunks(int64_t bytes, U32 (&total)[S][P][4], Step step) {
     U16 even[S][P] = {}, odd[S][P] = {};
     const int64_t long1 = min_of(bytes, long0 + kLong);
     for (int64_t c0 = long0; c0 < long1; c0 += kChunk) {
-      B32 acc[S][P];
+      V32 acc[S][P];
 #pragma GCC unroll 8
       for (int m = 0; m < S; ++m)
 #pragma GCC unroll 8
-        for (int q = 0; q < P; ++q) acc[m][q] = B32{};
+        for (int q = 0; q < P; ++q) acc[m][q] = V32{};
       step(c0, min_of(long1, c0 + kChunk), acc);
 #pragma GCC unroll 8
       for (int m = 0; m < S; ++m)
@@ -319,17 +326,17 @@ void multiply(const uint8_t* w, int64_t panel, const uint16_t* x, int64_t bytes,
   U32 total[2 * M][P][4] = {};
   const int64_t pitch = 2 * padded(bytes);
   const char* tables = kPairs.byte[0];
-  sum_chunks<2 * M, P>(bytes, total, [&](int64_t c0, int64_t c1, B32(&acc)[2 * M][P]) {
+  sum_chunks<2 * M, P>(bytes, total, [&](int64_t c0, int64_t c1, V32(&acc)[2 * M][P]) __attribute__((always_inline)) {
     const uint8_t* at = w + c0 * 32;
     const uint16_t* place = x + c0 * 2;
-    const auto add = [&](const B32(&index)[3][P], int64_t offset) __attribute__((always_inline)) {
+    const auto add = [&](const V32(&index)[3][P], int64_t offset) __attribute__((always_inline)) {
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
         const uint16_t* p = place + m * pitch + offset;
-        const B32 t0 = table_at(tables + p[0]), t1 = table_at(tables + p[1]), t2 = table_at(tables + p[2]);
+        const V32 t0 = table_at(tables + p[0]), t1 = table_at(tables + p[1]), t2 = table_at(tables + p[2]);
 #pragma GCC unroll 8
         for (int q = 0; q < P; ++q) {
-          const B32 sum = look_up(t0, index[0][q]) + look_up(t1, index[1][q]) + look_up(t2, index[2][q]);
+          const V32 sum = look_up(t0, index[0][q]) + look_up(t1, index[1][q]) + look_up(t2, index[2][q]);
           acc[2 * m][q] += low_half(sum);
           acc[2 * m + 1][q] += high_half(sum);
           pin(acc[2 * m][q]);
@@ -339,31 +346,31 @@ void multiply(const uint8_t* w, int64_t panel, const uint16_t* x, int64_t bytes,
     };
     int64_t i = c0;
     for (; i + 3 <= c1; i += 3, at += 96, place += 6) {
-      B32 index[3][P];
+      V32 index[3][P];
 #pragma GCC unroll 8
       for (int q = 0; q < P; ++q) {
-        const B32 v0 = load32(at + q * panel), v1 = load32(at + q * panel + 32);
+        const V32 v0 = load32(at + q * panel), v1 = load32(at + q * panel + 32);
         index[0][q] = low_half(v0), index[1][q] = high_half(v0), index[2][q] = low_half(v1);
       }
       add(index, 0);
 #pragma GCC unroll 8
       for (int q = 0; q < P; ++q) {
-        const B32 v1 = load32(at + q * panel + 32), v2 = load32(at + q * panel + 64);
+        const V32 v1 = load32(at + q * panel + 32), v2 = load32(at + q * panel + 64);
         index[0][q] = high_half(v1), index[1][q] = low_half(v2), index[2][q] = high_half(v2);
       }
       add(index, 3);
     }
     if (i < c1) {  // one or two bytes more; what is missing looks up entry 0 of table 0, which is 0
-      B32 index[3][P];
+      V32 index[3][P];
       const bool two = i + 2 == c1;
       for (int q = 0; q < P; ++q) {
-        const B32 v0 = load32(at + q * panel), v1 = two ? load32(at + q * panel + 32) : B32{};
+        const V32 v0 = load32(at + q * panel), v1 = two ? load32(at + q * panel + 32) : V32{};
         index[0][q] = low_half(v0), index[1][q] = high_half(v0), index[2][q] = low_half(v1);
       }
       add(index, 0);
       for (int q = 0; q < P; ++q) {
-        index[0][q] = two ? high_half(load32(at + q * panel + 32)) : B32{};
-        index[1][q] = index[2][q] = B32{};
+        index[0][q] = two ? high_half(load32(at + q * panel + 32)) : V32{};
+        index[1][q] = index[2][q] = V32{};
       }
       add(index, 3);
     }
@@ -375,13 +382,13 @@ void multiply(const uint8_t* w, int64_t panel, const uint16_t* x, int64_t bytes,
 template <int P>
 void multiply_one(const uint8_t* w, int64_t panel, const uint8_t* x, int64_t bytes, int32_t k, int32_t* dots) {
   U32 total[2][P][4] = {};  // of even and of odd bytes, to shorten the chains of additions
-  sum_chunks<2, P>(bytes, total, [&](int64_t c0, int64_t c1, B32(&acc)[2][P]) {
+  sum_chunks<2, P>(bytes, total, [&](int64_t c0, int64_t c1, V32(&acc)[2][P]) __attribute__((always_inline)) {
     const uint8_t* at = w + c0 * 32;
     for (int64_t i = c0; i < c1; ++i, at += 32) {
-      const B32 low = table_at(kSingles.byte[x[i] & 15]), high = table_at(kSingles.byte[x[i] >> 4]);
+      const V32 low = table_at(kSingles.byte[x[i] & 15]), high = table_at(kSingles.byte[x[i] >> 4]);
 #pragma GCC unroll 8
       for (int q = 0; q < P; ++q) {
-        const B32 v = load32(at + q * panel);
+        const V32 v = load32(at + q * panel);
         acc[0][q] += look_up(low, low_half(v));
         acc[1][q] += look_up(high, high_half(v));
       }
