@@ -49,6 +49,24 @@ Tensor linear_cuda(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, 
 #endif
 }  // namespace slim::block_sparse
 
+namespace slim::binary {
+// kind: 0 for sign x sign, 1 for signs x float32 or bfloat16, 2 for signs x float64.
+Tensor plan(Tensor signs, int64_t rows, int64_t channels, SLIM_INTS kernel, int64_t groups, int64_t kind);
+Tensor linear(Tensor x, Tensor signs, Tensor scale, SLIM_OPT plan, SLIM_OPT bias, bool binarize_input, bool relu);
+Tensor conv2d(Tensor x, Tensor signs, Tensor scale, SLIM_OPT plan, SLIM_OPT bias, SLIM_INTS kernel, SLIM_INTS stride,
+              SLIM_INTS padding, SLIM_INTS dilation, int64_t groups, bool binarize_input, bool relu);
+// Packed activations: uint8 [..., bytes] of a linear layer, [N, H, W, bytes] of a convolution; bit b & 7 of byte b >> 3
+// belongs to feature or channel b, in whole 64-bit words, the rest 0.
+Tensor linear_from_bits(Tensor x, int64_t width, Tensor signs, Tensor scale, SLIM_OPT plan, SLIM_OPT bias, bool relu);
+Tensor conv2d_from_bits(Tensor x, int64_t channels, Tensor signs, Tensor scale, SLIM_OPT plan, SLIM_OPT bias,
+                        SLIM_INTS kernel, SLIM_INTS stride, SLIM_INTS padding, SLIM_INTS dilation, int64_t groups,
+                        bool relu);
+Tensor linear_to_bits(Tensor x, int64_t width, Tensor signs, SLIM_OPT plan, Tensor thresholds, Tensor rising);
+Tensor conv2d_to_bits(Tensor x, int64_t channels, Tensor signs, SLIM_OPT plan, Tensor thresholds, Tensor rising,
+                      SLIM_INTS kernel, SLIM_INTS stride, SLIM_INTS padding, SLIM_INTS dilation, int64_t groups);
+Tensor scale_dots(Tensor dots, Tensor scale, SLIM_OPT bias, bool relu);
+}  // namespace slim::binary
+
 namespace slim::codebook {
 Tensor linear(Tensor x, Tensor codebook, Tensor codes, int64_t rows, int64_t bits, int64_t group_size, bool zero,
               SLIM_OPT bias, bool relu);

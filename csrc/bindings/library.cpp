@@ -4,6 +4,7 @@
 
 #define WEIGHT "Tensor values, Tensor columns, Tensor row_offsets"
 #define PLANS "Tensor? plan, Tensor? backward_plan"
+#define SIGNS "Tensor signs, Tensor scale, Tensor? plan"
 #define TABLES "int bits, int group_size, bool zero"
 #define STORED "Tensor codebook, Tensor codes, Tensor gaps, Tensor row_offsets"
 #define CSR "Tensor? columns, Tensor? offsets, Tensor? forward_plan, Tensor? backward_plan"
@@ -38,6 +39,18 @@ STABLE_TORCH_LIBRARY(slimtorch, m) {
         "-> Tensor");
   m.def("block_sparse_conv2d_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor row_offsets, Tensor? plan, "
         "int[] block_size, " GEOMETRY ") -> Tensor");
+
+  m.def("binary_plan(Tensor signs, int rows, int channels, int[] kernel, int groups, int kind) -> Tensor");
+  SLIM_DEF("binary_linear", "(Tensor x, " SIGNS ", Tensor? bias, bool binarize_input, bool relu) -> Tensor");
+  SLIM_DEF("binary_conv2d",
+           "(Tensor x, " SIGNS ", Tensor? bias, " GEOMETRY ", bool binarize_input, bool relu) -> Tensor");
+  m.def("binary_linear_from_bits(Tensor x, int width, " SIGNS ", Tensor? bias, bool relu) -> Tensor");
+  m.def("binary_conv2d_from_bits(Tensor x, int channels, " SIGNS ", Tensor? bias, " GEOMETRY ", bool relu) -> Tensor");
+  m.def("binary_linear_to_bits(Tensor x, int width, Tensor signs, Tensor? plan, Tensor thresholds, Tensor rising) "
+        "-> Tensor");
+  m.def("binary_conv2d_to_bits(Tensor x, int channels, Tensor signs, Tensor? plan, Tensor thresholds, Tensor rising, "
+        GEOMETRY ") -> Tensor");
+  m.def("binary_scale_dots(Tensor dots, Tensor scale, Tensor? bias, bool relu) -> Tensor");
 
   SLIM_DEF("codebook_linear",
            "(Tensor x, Tensor codebook, Tensor codes, int rows, " TABLES ", Tensor? bias, bool relu) -> Tensor");
@@ -82,6 +95,15 @@ STABLE_TORCH_LIBRARY_IMPL(slimtorch, CPU, m) {
   SLIM_IMPL("block_sparse_conv2d", slim::block_sparse::conv2d);
   m.impl("block_sparse_conv2d_grad_columns", TORCH_BOX(&slim::block_sparse::conv2d_grad_columns));
   m.impl("block_sparse_conv2d_grad_values", TORCH_BOX(&slim::block_sparse::conv2d_grad_values));
+
+  m.impl("binary_plan", TORCH_BOX(&slim::binary::plan));
+  SLIM_IMPL("binary_linear", slim::binary::linear);
+  SLIM_IMPL("binary_conv2d", slim::binary::conv2d);
+  m.impl("binary_linear_from_bits", TORCH_BOX(&slim::binary::linear_from_bits));
+  m.impl("binary_conv2d_from_bits", TORCH_BOX(&slim::binary::conv2d_from_bits));
+  m.impl("binary_linear_to_bits", TORCH_BOX(&slim::binary::linear_to_bits));
+  m.impl("binary_conv2d_to_bits", TORCH_BOX(&slim::binary::conv2d_to_bits));
+  m.impl("binary_scale_dots", TORCH_BOX(&slim::binary::scale_dots));
 
   SLIM_IMPL("codebook_linear", slim::codebook::linear);
   SLIM_IMPL("codebook_conv2d", slim::codebook::conv2d);
