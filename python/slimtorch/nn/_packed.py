@@ -114,8 +114,10 @@ class PackedLayer(nn.Module):
     def _held_format(self) -> Format:
         """The format object, the same one as long as the tensors in it are."""
         values, positions = self._values(), self._positions()
+        if torch.compiler.is_compiling():  # before a look at what is held, which would be guarded
+            return self._as_format(values, positions, self._plans_for(positions))
         held = self.__dict__.get("_held")
-        if held is not None and not torch.compiler.is_compiling():
+        if held is not None:
             own, placed, format = held
             if own is values:
                 for now, then in zip(positions, placed):  # noqa: B905  on the path of every call
@@ -124,8 +126,7 @@ class PackedLayer(nn.Module):
                 else:
                     return cast(Format, format)
         format = self._as_format(values, positions, self._plans_for(positions))
-        if not torch.compiler.is_compiling():
-            self.__dict__["_held"] = (values, positions, format)
+        self.__dict__["_held"] = (values, positions, format)
         return format
 
     # ---- plans ----
