@@ -373,40 +373,37 @@ def test_only_what_is_asked_for() -> None:
 # ---- registration and bad input --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [3, 4, 8])
-def test_opcheck(bits: int) -> None:
+@pytest.mark.parametrize(("bits", "group_size"), [(3, None), (4, "row"), (8, 16)])
+def test_opcheck(bits: int, group_size: GroupSize) -> None:
     ops = torch.ops.slimtorch
-    for group_size in (None, "row", 16):
-        weight = make(masked_matrix(12, 36, 0.3, 0), bits, group_size)
-        tables, bias, code = weight.codebook.requires_grad_(), random(12).requires_grad_(), group_code(group_size)
-        stored = (weight.codes, weight.gaps, weight.row_offsets)
-        csr = weight.csr()
-        assert csr is not None
-        plans = (csr.columns, csr.row_offsets, csr.plan(), csr.plan(transposed=True))
-        x = random(5, 36).requires_grad_()
-        for given in ((weight.plan(), *plans), (None,) * 5):
-            torch.library.opcheck(
-                ops.sparse_codebook_linear.default, (x, tables, *stored, *given, bits, code, bias, True)
-            )
-        torch.library.opcheck(
-            ops.sparse_codebook_linear_inference.default,
-            (x.detach(), tables.detach(), *stored, weight.plan(), *(None,) * 4, bits, code, None, False),
-        )
-        conv = make(masked_matrix(12, 36, 0.3, 0).view(12, 4, 3, 3), bits, group_size)
-        image, shape = random(2, 4, 8, 7).requires_grad_(), ((3, 3), (1, 2), (1, 0), (1, 1), 1)
-        torch.library.opcheck(
-            ops.sparse_codebook_conv2d.default,
-            (image, tables, conv.codes, conv.gaps, conv.row_offsets, conv.plan(), *(None,) * 4, bits, code, bias,
-             *shape, True),
-        )  # fmt: skip
-        where = (weight.gaps, weight.row_offsets, 36)
-        torch.library.opcheck(ops.sparse_codebook_plan.default, (*where, 1, 1))
-        torch.library.opcheck(ops.sparse_codebook_positions.default, where)
-        tables = tables.detach()
-        torch.library.opcheck(ops.sparse_codebook_decode.default, (tables, *stored, csr.columns, 36, bits, code))
-        torch.library.opcheck(
-            ops.sparse_codebook_sum_members.default, (random(weight.nnz), tables, *stored, 36, bits, code)
-        )
+    weight = make(masked_matrix(12, 36, 0.3, 0), bits, group_size)
+    tables, bias, code = weight.codebook.requires_grad_(), random(12).requires_grad_(), group_code(group_size)
+    stored = (weight.codes, weight.gaps, weight.row_offsets)
+    csr = weight.csr()
+    assert csr is not None
+    plans = (csr.columns, csr.row_offsets, csr.plan(), csr.plan(transposed=True))
+    x = random(5, 36).requires_grad_()
+    for given in ((weight.plan(), *plans), (None,) * 5):
+        torch.library.opcheck(ops.sparse_codebook_linear.default, (x, tables, *stored, *given, bits, code, bias, True))
+    torch.library.opcheck(
+        ops.sparse_codebook_linear_inference.default,
+        (x.detach(), tables.detach(), *stored, weight.plan(), *(None,) * 4, bits, code, None, False),
+    )
+    conv = make(masked_matrix(12, 36, 0.3, 0).view(12, 4, 3, 3), bits, group_size)
+    image, shape = random(2, 4, 8, 7).requires_grad_(), ((3, 3), (1, 2), (1, 0), (1, 1), 1)
+    torch.library.opcheck(
+        ops.sparse_codebook_conv2d.default,
+        (image, tables, conv.codes, conv.gaps, conv.row_offsets, conv.plan(), *(None,) * 4, bits, code, bias,
+         *shape, True),
+    )  # fmt: skip
+    where = (weight.gaps, weight.row_offsets, 36)
+    torch.library.opcheck(ops.sparse_codebook_plan.default, (*where, 1, 1))
+    torch.library.opcheck(ops.sparse_codebook_positions.default, where)
+    tables = tables.detach()
+    torch.library.opcheck(ops.sparse_codebook_decode.default, (tables, *stored, csr.columns, 36, bits, code))
+    torch.library.opcheck(
+        ops.sparse_codebook_sum_members.default, (random(weight.nnz), tables, *stored, 36, bits, code)
+    )
 
 
 def test_bad_input() -> None:

@@ -64,6 +64,8 @@ struct Decoder {
     row_tables = w.group_size < 0 ? int64_t(1) << bits : 0;
     group = w.group_size > 0 ? ((uint64_t(1) << 63) - 1) / uint64_t(w.group_size) + 1 : 0;
     for (int i = 0; i < 8; ++i) shifts[i] = uint32_t(i * bits);
+    table = tables;
+    low = high = Vec<C, 8>{};
     if (w.rows) begin(0);  // of no rows there may be no table
   }
 
