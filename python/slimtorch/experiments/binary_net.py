@@ -92,7 +92,7 @@ def run(settings: Settings, out: Path, progress: Progress) -> Result:
     machine = describe(settings.threads)
     accuracy = Table(
         "BinaryNet: test error",
-        ["network", "test error, %", "bytes of the network", "packed predictions equal"],
+        ["network", "test error, %", "bytes", "packed agrees"],
         [
             [rows["real"].title, percent(errors_of(found["real"])), format_bytes(sizes[width][0]), None],
             [rows["binary"].title, percent(errors_of(found["binary"])), format_bytes(sizes[width][1]),
@@ -102,8 +102,8 @@ def run(settings: Settings, out: Path, progress: Progress) -> Result:
             f"{shape[0] * shape[1] * shape[2]} - 3 x {width} - 10, squared hinge loss, Adam, {plan.epochs} epochs; "
             f"mean ± standard deviation over {plan.seeds} seed{'s' if plan.seeds > 1 else ''}",
             f"trained on {what}; the paper on all of MNIST, 3 x 4096 units: 0.96 to 1.40 %",
-            "equal: packed network against the trained layers in plain torch, all seeds; outputs in eval mode are the "
-            "same to the bit",
+            "agrees: predictions of the packed network and of the trained layers in plain torch, all seeds; outputs in "
+            "eval mode are the same to the bit",
         ],
     )  # fmt: skip
     speed = Table(

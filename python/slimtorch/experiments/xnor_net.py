@@ -109,7 +109,7 @@ def run(settings: Settings, out: Path, progress: Progress) -> Result:
     machine = describe(settings.threads)
     accuracy = Table(
         "XNOR-Net: accuracy",
-        ["network", "test accuracy, %", "bytes of the network", "packed predictions equal", "AlexNet in the paper, %"],
+        ["network", "test accuracy, %", "bytes", "packed agrees", "paper, %"],
         [
             [
                 rows[name].title, percent([1 - e for e in errors_of(found[name])]), format_bytes(sizes[name]),
@@ -120,9 +120,9 @@ def run(settings: Settings, out: Path, progress: Progress) -> Result:
         [
             f"LeNet-5 (20 - 50 - 500) with batch-norm; first and last layer real; Adam, {plan.epochs} epochs; mean ± "
             f"standard deviation over {plan.seeds} seed{'s' if plan.seeds > 1 else ''}",
-            f"trained on {what}; the paper's column is top-1 on ImageNet",
-            "equal: packed network against the trained layers in plain torch, all seeds; outputs in eval mode are the "
-            "same to the bit",
+            f"trained on {what}; the paper's column is top-1 of AlexNet on ImageNet",
+            "agrees: predictions of the packed network and of the trained layers in plain torch, all seeds; outputs in "
+            "eval mode are the same to the bit",
         ],
     )  # fmt: skip
     speed = Table(
