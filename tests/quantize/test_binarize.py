@@ -665,3 +665,28 @@ def test_xnor_block_has_the_papers_order():
     assert [type(m) for m in block] == [nn.BatchNorm2d, nn.Conv2d, nn.MaxPool2d]
     assert block(torch.randn(2, 3, 16, 16)).shape == (2, 5, 4, 4)
     assert len(xnor_block(3, 5, 3)) == 2
+
+
+# --- pack_ --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS, ids=IDS)
+def test_pack_converts_the_layers(method):
+    """`pack_`, asked for binary, leaves no layer of training and computes what the trained model does."""
+    model = convnet()
+    report = slim.binarize_(model, method)
+    optimizer = torch.optim.Adam(model.parameters(), 0.003)
+    report.attach(optimizer)
+    x, t = toy((1, 12, 12), 4, 16)
+    train(model, x, t, optimizer, steps=3)
+    model.eval()
+    with torch.no_grad():
+        expected = model(x)
+    modules = list(model)
+    slim.pack_(model, x, formats={"*": "binary"}, objective="size", min_gain=1e9)
+    assert [a is b for a, b in zip(modules, model, strict=True)]  # in place
+    assert not layers(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    if isinstance(method, (BinaryNet, XnorNet)):
+        assert sum(isinstance(m, slim.nn.BinaryConv2d) for m in model) == (3 if isinstance(method, BinaryNet) else 2)

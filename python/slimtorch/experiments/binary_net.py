@@ -182,7 +182,7 @@ def speed_bars(times: dict[int, dict[int, dict[str, Latency]]]) -> Figure:
     axis.set_xticks(range(len(cases)), [f"3 x {size}\nbatch {batch}" for size, batch, _ in cases], fontsize=8)
     axis.set_ylabel("speed-up, whole network")
     axis.margins(y=0.15)
-    axis.legend(fontsize=8, frameon=False)
+    figure.legend(*axis.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
