@@ -4,6 +4,7 @@
 
 #define WEIGHT "Tensor values, Tensor columns, Tensor row_offsets"
 #define PLANS "Tensor? plan, Tensor? backward_plan"
+#define TABLES "int bits, int group_size, bool zero"
 #define GEOMETRY "int[] kernel, int[] stride, int[] padding, int[] dilation, int groups"
 
 // A forward operator and the same without a derivative, named _inference: autograd's wrapper costs as much as a small layer.
@@ -35,6 +36,22 @@ STABLE_TORCH_LIBRARY(slimtorch, m) {
         "-> Tensor");
   m.def("block_sparse_conv2d_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor row_offsets, Tensor? plan, "
         "int[] block_size, " GEOMETRY ") -> Tensor");
+
+  SLIM_DEF("codebook_linear",
+           "(Tensor x, Tensor codebook, Tensor codes, int rows, " TABLES ", Tensor? bias, bool relu) -> Tensor");
+  SLIM_DEF("codebook_conv2d", "(Tensor x, Tensor codebook, Tensor codes, int rows, " TABLES ", Tensor? bias, " GEOMETRY
+                              ", bool relu) -> Tensor");
+  m.def("codebook_decode(Tensor codebook, Tensor codes, int rows, int width, int bits, int group_size) -> Tensor");
+  m.def("codebook_sum_members(Tensor grad_weight, Tensor codes, " TABLES ") -> Tensor");
+
+  m.def("kmeans_1d(Tensor values, Tensor centroids, Tensor? importance, int iterations, float tolerance) -> Tensor");
+  m.def("quantiles_1d(Tensor values, Tensor? importance, int k) -> Tensor");
+  m.def("assign_1d(Tensor values, Tensor centroids) -> Tensor");
+
+  m.def("huffman_lengths(Tensor histogram) -> Tensor");
+  m.def("huffman_size(Tensor histogram) -> Tensor");
+  m.def("huffman_encode(Tensor symbols) -> Tensor");
+  m.def("huffman_decode(Tensor blob, int n) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(slimtorch, CPU, m) {
@@ -54,6 +71,20 @@ STABLE_TORCH_LIBRARY_IMPL(slimtorch, CPU, m) {
   SLIM_IMPL("block_sparse_conv2d", slim::block_sparse::conv2d);
   m.impl("block_sparse_conv2d_grad_columns", TORCH_BOX(&slim::block_sparse::conv2d_grad_columns));
   m.impl("block_sparse_conv2d_grad_values", TORCH_BOX(&slim::block_sparse::conv2d_grad_values));
+
+  SLIM_IMPL("codebook_linear", slim::codebook::linear);
+  SLIM_IMPL("codebook_conv2d", slim::codebook::conv2d);
+  m.impl("codebook_decode", TORCH_BOX(&slim::codebook::decode));
+  m.impl("codebook_sum_members", TORCH_BOX(&slim::codebook::sum_members));
+
+  m.impl("kmeans_1d", TORCH_BOX(&slim::kmeans::kmeans_1d));
+  m.impl("quantiles_1d", TORCH_BOX(&slim::kmeans::quantiles_1d));
+  m.impl("assign_1d", TORCH_BOX(&slim::kmeans::assign_1d));
+
+  m.impl("huffman_lengths", TORCH_BOX(&slim::huffman::huffman_lengths));
+  m.impl("huffman_size", TORCH_BOX(&slim::huffman::huffman_size));
+  m.impl("huffman_encode", TORCH_BOX(&slim::huffman::huffman_encode));
+  m.impl("huffman_decode", TORCH_BOX(&slim::huffman::huffman_decode));
 }
 
 #ifdef SLIM_CUDA

@@ -2,8 +2,10 @@
 """slimtorch: trained PyTorch networks made smaller and really faster.
 
     prune_      which weights, blocks or neurons to keep
+    cluster_    weights that share few values
     binarize_   layers that train binary weights
     pack_       each layer goes to the format that measured fastest, or stays dense
+    save, load  one small file, which loads into a fresh dense model
     measure     parameters, bytes, multiply-accumulates, latency
 
 Formats are in :mod:`slimtorch.formats`, layers in :mod:`slimtorch.nn`, operators in :mod:`slimtorch.ops`.
@@ -19,21 +21,25 @@ except ImportError as error:
         "build it with `pip install .` in the source tree, with the torch that runs it"
     ) from error
 
-from slimtorch import formats, nn, ops, prune, quantize, reference
+from slimtorch import formats, nn, ops, prune, quantize, reference, storage
 from slimtorch.measure import Measurement, measure
 from slimtorch.packing import PackReport, pack_
 from slimtorch.prune import prune_
-from slimtorch.quantize import binarize_
+from slimtorch.quantize import binarize_, cluster_
+from slimtorch.storage import FormatError, load, save
 
 __version__: str = _C.version
 
 __all__ = [
     "_C",
+    "FormatError",
     "Measurement",
     "PackReport",
     "__version__",
     "binarize_",
+    "cluster_",
     "formats",
+    "load",
     "measure",
     "nn",
     "ops",
@@ -42,4 +48,6 @@ __all__ = [
     "prune_",
     "quantize",
     "reference",
+    "save",
+    "storage",
 ]

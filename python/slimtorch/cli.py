@@ -80,6 +80,19 @@ def info(
     Console().print(Table("slimtorch", ["", ""], rows))
 
 
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .slim file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show what is in a .slim file, layer by layer, and check its checksums."""
+    with _plain_errors():
+        from slimtorch import storage
+
+        report = storage.inspect(file)
+    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
+
+
 def _facts() -> dict[str, Any]:
     import platform
 

@@ -344,9 +344,9 @@ def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _format_of(module: nn.Module) -> Any | None:
-    """The format object of a packed layer: something with ``values`` and the dense ``shape``; else None."""
+    """The format object of a packed layer: something with ``to_dense``, ``density`` and ``shape``; else None."""
     held = getattr(module, "format", None)
-    return held if isinstance(getattr(held, "values", None), torch.Tensor) and hasattr(held, "shape") else None
+    return held if all(hasattr(held, name) for name in ("to_dense", "density", "shape")) else None
 
 
 def _stored(module: nn.Module) -> list[torch.Tensor]:
@@ -354,9 +354,9 @@ def _stored(module: nn.Module) -> list[torch.Tensor]:
     tensors: list[torch.Tensor] = [parameter for _, parameter in module.named_parameters(recurse=False)]
     if parametrize.is_parametrized(module):
         tensors += module.parametrizations.parameters()  # type: ignore[union-attr]
-    held = _format_of(module)
-    if held is not None and all(tensor.data_ptr() != held.values.data_ptr() for tensor in tensors):
-        tensors.append(held.values)
+    values = getattr(_format_of(module), "values", None)
+    if isinstance(values, torch.Tensor) and all(tensor.data_ptr() != values.data_ptr() for tensor in tensors):
+        tensors.append(values)
     return tensors
 
 
@@ -407,7 +407,8 @@ def _count_macs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle | None:
         held = _format_of(module)
         if held is not None:
-            weights, run, out = math.prod(held.shape), held.values.numel(), held.shape[0]
+            weights, out = math.prod(held.shape), held.shape[0]
+            run = round(held.density * weights)
         elif isinstance(module, (*_DENSE_LINEAR, *_DENSE_CONV)):
             weights = run = module.weight.numel()
             out = module.weight.shape[0]

@@ -26,21 +26,36 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from slimtorch import _select
-from slimtorch.formats import BlockSparse, Sparse
+from slimtorch.formats import Binary, BlockSparse, Codebook, Format, Sparse, SparseCodebook
 from slimtorch.formats._common import matrix_shape
 from slimtorch.formats.block_sparse import check_block_size
 from slimtorch.measure import Latency, eval_mode, interleave, memory_bytes, prepacked_bytes, split_inputs
-from slimtorch.nn import BlockSparseConv2d, BlockSparseLinear, PackedLayer, SparseConv2d, SparseLinear
+from slimtorch.nn import (
+    BinaryConv2d,
+    BinaryLinear,
+    BlockSparseConv2d,
+    BlockSparseLinear,
+    CodebookConv2d,
+    CodebookLinear,
+    PackedLayer,
+    SparseCodebookConv2d,
+    SparseCodebookLinear,
+    SparseConv2d,
+    SparseLinear,
+)
 from slimtorch.ops._common import KERNEL_DTYPES, Pair
 from slimtorch.prune.mask import Mask, bake_, mask_of
 from slimtorch.report import Table, format_bytes, format_seconds
 
-FormatName = Literal["auto", "dense", "sparse", "block_sparse"]
+FormatName = Literal["auto", "dense", "sparse", "block_sparse", "codebook", "sparse_codebook", "binary"]
 Formats = FormatName | Sequence[FormatName]
 Objective = Literal["latency", "size"]
 Statistic = Literal["median", "p10"]
 
-FORMATS = ("sparse", "block_sparse")
+FORMATS = ("sparse", "block_sparse", "codebook", "sparse_codebook", "binary")
+# Layers that are raced: dense ones, and clustered ones against what else they could be.
+_CLUSTERED = (CodebookLinear, CodebookConv2d, SparseCodebookLinear, SparseCodebookConv2d)
+_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d, *_CLUSTERED)
 BLOCK_SIZES: tuple[Pair, ...] = ((1, 4), (1, 16), (4, 16), (8, 8), (16, 16), (32, 32), (64, 64))
 
 # What "auto" tries at all. Beyond these bounds no kernel has a chance, and measuring would only take time.
@@ -63,7 +78,7 @@ class Trial:
     """One format on one layer.
 
     Attributes:
-        format: "dense", "sparse" or "block_sparse".
+        format: "dense", "sparse", "block_sparse", "codebook", "sparse_codebook" or "binary".
         block_size: of block_sparse, else None.
         density: stored entries over entries of the weight.
         nbytes: of the weight in this format.
@@ -90,7 +105,7 @@ class LayerReport:
 
     Attributes:
         name: in the model, "" for a bare layer; of layers that share one weight, the first.
-        kind: "Linear" or "Conv2d".
+        kind: "Linear" or "Conv2d", for those of the training of binary networks and clustered ones too.
         shape: of the dense weight.
         sparsity: share of zeros in the weight.
         inputs: shapes of the inputs it was measured on.
@@ -241,20 +256,24 @@ def pack_(
     min_gain: float = 0.05,
     time_budget: float = 60.0,
 ) -> PackReport:
-    """Give each ``nn.Linear`` and ``nn.Conv2d`` the format that is fastest on these inputs, in place.
+    """Give each linear and conv2d layer the format that is fastest on these inputs, in place.
+
+    Dense layers are considered, with masks of :func:`slimtorch.prune_` baked; the training layers of
+    :func:`slimtorch.binarize_`; and the layers that :func:`slimtorch.cluster_` made. No format changes a weight: shared
+    values and signs are tried where the weight has at most 256 distinct values, or one magnitude per row.
 
     The model runs once in ``eval()`` without gradients; then every layer is raced, on the inputs it really got, against
     each candidate format, by turns and in several rounds. A format must give the dense layer's result within rounding.
     In the end the whole model is raced too, and the layers that gain least go back to dense until it is not slower.
-    Masks of :func:`slimtorch.prune_` are baked into the weights of the layers considered. Bias parameters, hooks and
-    training flags stay; optimizers must be given the new ``values`` parameters.
+    Bias parameters, hooks and training flags stay; optimizers must be given the new parameters of packed layers.
 
     Args:
         model: any module, a single layer too (it changes its class in place).
         example_inputs: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments. The choice
             holds for inputs of this kind: give a typical batch.
-        formats: "auto" (all formats that fit the zeros), a name ("sparse", "block_sparse", "dense"), a list of names,
-            or a dict from glob of layer names to one of these. Formats that are named are tried whatever the density.
+        formats: "auto" (all formats that fit the weight), a name ("sparse", "block_sparse", "codebook",
+            "sparse_codebook", "binary", "dense"), a list of names, or a dict from glob of layer names to one of these.
+            Formats that are named are tried whatever the density.
         objective: "latency" keeps the fastest format, and dense where none is faster by ``min_gain``. "size" keeps the
             one with the fewest bytes among those that are at most ``min_gain`` slower than dense.
         filter_fn: ``filter_fn(module, name) -> bool``; layers for which it is false are left alone.
@@ -270,7 +289,7 @@ def pack_(
         ValueError: inputs that do not fit, NaN weights, an unknown format or objective, a glob that matches nothing,
             numbers out of range. The model is left as it was, on any other exception too.
     """
-    chosen = _select.resolve(model, formats, filter_fn, types=(nn.Linear, nn.Conv2d))
+    chosen = _select.resolve(model, formats, filter_fn, types=_TYPES)
     wanted = [(name, module, _format_names(value)) for name, module, value in chosen]
     sizes = [check_block_size(size) for size in block_sizes]
     if objective not in ("latency", "size"):
@@ -407,19 +426,44 @@ class _Member:
     twin: nn.Linear | nn.Conv2d
     inputs: _Inputs
     forms: dict[str, _Form]
+    held: PackedLayer | None  # what a clustered layer is, and a layer of binary training becomes
 
     @classmethod
-    def of(cls, module: nn.Linear | nn.Conv2d, inputs: _Inputs) -> _Member:
-        twin = _plain_twin(module)
+    def of(cls, module: nn.Module, inputs: _Inputs) -> _Member:
+        held: nn.Module = module
+        if isinstance(module, PackedLayer):
+            # An object of its own, without hooks, over the same tensors: `module` is about to change its class.
+            held = type(module).__new__(type(module))
+            nn.Module.__init__(held)
+            held.__dict__.update({key: value for key, value in module.__dict__.items() if key not in _HOOKS})
+            twin = cast("nn.Linear | nn.Conv2d", module.to_dense()).eval()
+        elif hasattr(module, "packed"):
+            held = cast(Any, module).packed()
+            dense = held.to_dense() if isinstance(held, PackedLayer) else held
+            twin = cast("nn.Linear | nn.Conv2d", dense).eval()
+        else:
+            twin = _plain_twin(cast("nn.Linear | nn.Conv2d", module))
         original = _form_of(module)
-        member = cls(module, twin, inputs, {"original": original})
-        member.forms["dense"] = member._in_place(twin) if mask_of(module) is not None else original
+        member = cls(module, twin, inputs, {"original": original}, held if isinstance(held, PackedLayer) else None)
+        plain = type(module) in (nn.Linear, nn.Conv2d) or member.signed
+        member.forms["dense"] = original if plain else member._in_place(twin)
         return member
+
+    @property
+    def signed(self) -> bool:
+        """Whether the layer takes the signs of its input."""
+        return isinstance(self.held, (BinaryLinear, BinaryConv2d)) and self.held.binarize_input
+
+    @property
+    def rival(self) -> nn.Module:
+        """The dense layer to beat."""
+        return _Signs(self.twin) if self.signed else self.twin
 
     def _in_place(self, stand_in: nn.Module) -> _Form:
         """The form of ``stand_in`` with the hooks, the bias and the user's own attributes of the original module."""
         _, original = self.forms["original"]
-        own = {k: v for k, v in original.items() if k not in self.twin.__dict__ and k != "parametrizations"}
+        known = {*self.twin.__dict__, "parametrizations", *(self.held.__dict__ if self.held is not None else ())}
+        own = {k: v for k, v in original.items() if k not in known}
         hooks = {k: original[k] for k in _HOOKS if k in original}
         attributes = {**own, **stand_in.__dict__, **hooks, "training": self.module.training}
         attributes["_parameters"] = {**stand_in._parameters, "bias": original["_parameters"]["bias"]}
@@ -442,6 +486,7 @@ class _Unit:
     names: tuple[str, ...]
     members: list[_Member]
     winner: Trial | None = None
+    raced: bool = False
 
     def show(self, form: str) -> None:
         """Turn the modules into what they were ("original"), plain dense layers ("dense") or the winner ("packed")."""
@@ -453,9 +498,22 @@ class _Unit:
         if self.winner is not None:
             self.show("packed")
             return
-        self.show("original")
         for member in self.members:
-            bake_(member.module)
+            # A clustered layer for which dense is faster becomes dense; other layers are left as they were.
+            member.show("dense" if isinstance(member.held, _CLUSTERED) and self.raced else "original")
+            if member.held is None:
+                bake_(member.module)
+
+
+class _Signs(nn.Module):
+    """A dense layer over the signs of its input: what a binarised layer is without packed bits."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        return cast(Tensor, self.layer(torch.where(input >= 0, 1.0, -1.0).to(input.dtype)))
 
 
 def _plain_twin(module: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
@@ -470,7 +528,10 @@ def _plain_twin(module: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
             cast("str | Pair", module.padding), cast(Pair, module.dilation), module.groups, module.bias is not None,
             module.padding_mode, meta,
         )  # fmt: skip
-    twin.weight = nn.Parameter(module.weight.detach(), requires_grad=module.weight.requires_grad)
+    held = module.weight
+    if parametrize.is_parametrized(module, "weight"):  # what is computed has no gradient under no_grad
+        held = cast(Any, module).parametrizations.weight.original
+    twin.weight = nn.Parameter(module.weight.detach(), requires_grad=held.requires_grad)
     if module.bias is not None:
         twin.bias = module.bias
     return twin.eval()
@@ -489,16 +550,17 @@ def _units(
     units: dict[int, _Unit] = {}
     reports: list[LayerReport] = []
     for name, module, names in wanted:
-        assert isinstance(module, (nn.Linear, nn.Conv2d))
-        weight = module.weight.detach()
-        kind = "Linear" if isinstance(module, nn.Linear) else "Conv2d"
+        weight = cast(Tensor, module.weight).detach()
+        kind = "Linear" if weight.dim() == 2 else "Conv2d"
         zeros = 1 - int(torch.count_nonzero(weight)) / max(1, weight.numel())
         report = LayerReport(name, kind, tuple(weight.shape), zeros)
         reports.append(report)
         inputs = seen[id(module)]
         report.inputs = [tuple(x.shape) for x, _ in inputs]
         mask = mask_of(module)
-        stored = cast(Tensor, cast(Any, module).parametrizations.weight.original) if mask is not None else module.weight
+        stored = cast(Any, module).parametrizations.weight.original if mask is not None else module.weight
+        if isinstance(module, PackedLayer):
+            stored = module._values()
         sharing = owners.get(id(stored), [])
         reason = _obstacle(module)
         if reason is None:
@@ -527,9 +589,22 @@ def _is_list_of(owner: nn.Module, layer: nn.Module) -> bool:
     return isinstance(owner, parametrize.ParametrizationList) and any(owner is part for part in layer.modules())
 
 
-def _obstacle(module: nn.Linear | nn.Conv2d) -> str | None:
+def _obstacle(module: nn.Module) -> str | None:
     """Why the layer cannot be converted, or None."""
     base: type = type(module)
+    weight = cast(Tensor, module.weight)
+    if weight.numel() == 0:
+        return "its weight is empty"
+    if weight.dtype not in KERNEL_DTYPES.get(weight.device.type, ()):
+        return f"no kernels for {weight.dtype} on {weight.device.type}"
+    if "forward" in module.__dict__:
+        return "its forward has been replaced"
+    if isinstance(module, PackedLayer):
+        return None if module.activation is None else "a ReLU is fused into it"
+    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+        return f"padding_mode is {module.padding_mode!r}"
+    if hasattr(module, "packed"):
+        return None
     if parametrize.is_parametrized(module):
         lists = cast("Mapping[str, Any]", module.parametrizations)
         if set(lists) != {"weight"} or not all(isinstance(part, Mask) for part in lists["weight"]):
@@ -539,15 +614,6 @@ def _obstacle(module: nn.Linear | nn.Conv2d) -> str | None:
         return "its weight is computed by a hook; make it permanent first (torch.nn.utils.prune.remove and the like)"
     if base not in (nn.Linear, nn.Conv2d):
         return f"{base.__name__} is a class of its own"
-    if "forward" in module.__dict__:
-        return "its forward has been replaced"
-    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
-        return f"padding_mode is {module.padding_mode!r}"
-    if module.weight.numel() == 0:
-        return "its weight is empty"
-    weight = module.weight
-    if weight.dtype not in KERNEL_DTYPES.get(weight.device.type, ()):
-        return f"no kernels for {weight.dtype} on {weight.device.type}"
     return None
 
 
@@ -563,57 +629,127 @@ def block_density(weight: Tensor, block_size: Pair) -> float:
     return int(blocks.sum()) * r * c / weight.numel()
 
 
+def _distinct(weight: Tensor) -> int | None:
+    """How many values a weight has, or None where there are more than a codebook can hold."""
+    flat = weight.reshape(-1)
+    if flat.numel() > 65536 and torch.unique(flat[:: flat.numel() // 4096]).numel() > 256:
+        return None
+    count = torch.unique(flat).numel()
+    return count if count <= 256 else None
+
+
+def _is_binary(weight: Tensor) -> bool:
+    """Whether each row of a weight has one magnitude, and no zeros."""
+    low, high = weight.reshape(weight.shape[0], -1).abs().aminmax(dim=1)
+    return bool((low == high).all()) and bool((low > 0).all())
+
+
+def _bits(values: int) -> int:
+    return max(1, (values - 1).bit_length())
+
+
+_Candidate = tuple[str, Pair | None, int]  # format, block size, bits of an index; of those that have none, None and 0
+
+
 def _candidates(
-    weight: Tensor, sparsity: float, names: tuple[str, ...], block_sizes: Sequence[Pair]
-) -> list[tuple[str, Pair | None]]:
-    """The formats to race. Named ones all; of "auto" those whose density leaves them a chance."""
-    found: list[tuple[str, Pair | None]] = []
-    if "sparse" in names or ("auto" in names and 1 - sparsity <= _SPARSE_MAX_DENSITY):
-        found.append(("sparse", None))
+    weight: Tensor, sparsity: float, names: tuple[str, ...], block_sizes: Sequence[Pair], held: PackedLayer | None
+) -> tuple[list[_Candidate], list[str]]:
+    """The formats to race (named ones all, of "auto" those that have a chance), and why others cannot be."""
+    found: list[_Candidate] = []
+    refused: list[str] = []
+    auto = "auto" in names
+    if isinstance(held, (BinaryLinear, BinaryConv2d)) and held.binarize_input:
+        return ([("binary", None, 0)] if auto or "binary" in names else []), []
+    own = None if held is None else _family(held.format)
+    if own is not None and (auto or own in names):
+        found.append((own, None, 0))
+    sparse = auto and 1 - sparsity <= _SPARSE_MAX_DENSITY
+    if "sparse" in names or sparse:
+        found.append(("sparse", None, 0))
     if "block_sparse" in names:
-        return [*found, *(("block_sparse", size) for size in block_sizes)]
-    if "auto" in names:
+        found += [("block_sparse", size, 0) for size in block_sizes]
+    elif auto:
         for size in block_sizes:
             density = block_density(weight, size)
             if 1 - sparsity >= _BLOCK_MIN_FILL * density and density <= _BLOCK_MAX_DENSITY:
-                found.append(("block_sparse", size))
-    return found
+                found.append(("block_sparse", size, 0))
+    codebook = (auto or "codebook" in names) and own != "codebook"
+    sparse_codebook = (sparse or "sparse_codebook" in names) and own != "sparse_codebook"
+    if codebook or sparse_codebook:
+        values = _distinct(weight)
+        if values is None:
+            wanted = [name for name in ("codebook", "sparse_codebook") if name in names]
+            refused += [f"{name}: more than 256 distinct values, cluster them first" for name in wanted]
+        else:
+            if codebook:
+                found.append(("codebook", None, _bits(values)))
+            if sparse_codebook:
+                found.append(("sparse_codebook", None, _bits(values - (sparsity > 0))))
+    if (auto or "binary" in names) and own != "binary":
+        if _is_binary(weight):
+            found.append(("binary", None, 0))
+        elif "binary" in names:
+            refused.append("binary: a row has more than one magnitude, binarize the layer first")
+    return found, refused
 
 
-def _pack_layer(twin: nn.Linear | nn.Conv2d, weight: Sparse | BlockSparse) -> PackedLayer:
-    if isinstance(twin, nn.Linear):
-        if isinstance(weight, Sparse):
-            return SparseLinear.from_format(twin, weight)
-        return BlockSparseLinear.from_format(twin, weight)
-    if isinstance(weight, Sparse):
-        return SparseConv2d.from_format(twin, weight)
-    return BlockSparseConv2d.from_format(twin, weight)
+def _family(weight: Format) -> str:
+    names = {Sparse: "sparse", BlockSparse: "block_sparse", Codebook: "codebook", SparseCodebook: "sparse_codebook"}
+    return names.get(type(weight), "binary")
 
 
-def _packed_layers(unit: _Unit, name: str, block_size: Pair | None) -> tuple[Sparse | BlockSparse, list[PackedLayer]]:
+def _pack_weight(dense: Tensor, candidate: _Candidate) -> Format:
+    name, block_size, bits = candidate
+    if block_size is not None:
+        return BlockSparse.pack(dense, block_size)
+    if name == "sparse":
+        return Sparse.pack(dense)
+    if name == "codebook":
+        return Codebook.pack(dense, bits, zero=False)
+    return SparseCodebook.pack(dense, bits) if name == "sparse_codebook" else Binary.pack(dense)
+
+
+def _pack_layer(twin: nn.Linear | nn.Conv2d, weight: Format) -> PackedLayer:
+    linear = isinstance(twin, nn.Linear)
+    if isinstance(weight, Binary):
+        binary: Any = BinaryLinear if linear else BinaryConv2d
+        return cast(PackedLayer, binary.from_format(twin, weight, binarize_input=False))
+    kinds: dict[type, tuple[Any, Any]] = {
+        Sparse: (SparseLinear, SparseConv2d),
+        BlockSparse: (BlockSparseLinear, BlockSparseConv2d),
+        Codebook: (CodebookLinear, CodebookConv2d),
+        SparseCodebook: (SparseCodebookLinear, SparseCodebookConv2d),
+    }
+    return cast(PackedLayer, kinds[type(weight)][0 if linear else 1].from_format(twin, weight))
+
+
+def _packed_layers(unit: _Unit, candidate: _Candidate) -> tuple[Format, list[PackedLayer]]:
     """A packed layer for each member of the unit; they share one parameter, as their dense weights do."""
-    dense = unit.members[0].twin.weight
-    weight = Sparse.pack(dense) if block_size is None else BlockSparse.pack(dense, block_size)
+    held = [member.held for member in unit.members if member.held is not None]
+    if held and candidate[0] == _family(held[0].format):  # what the layers are already
+        return held[0].format, held
+    weight = _pack_weight(unit.members[0].twin.weight, candidate)
     layers = [_pack_layer(member.twin, weight) for member in unit.members]
     for layer in layers[1:]:
-        layer.values = layers[0].values
+        layer._parameters[layer.VALUES] = layers[0]._parameters[layer.VALUES]
     return weight, layers
 
 
-def _deviation(twin: nn.Linear | nn.Conv2d, packed: PackedLayer, x: Tensor) -> float:
+def _deviation(member: _Member, packed: PackedLayer, x: Tensor) -> float:
     """Largest difference of the outputs in units of what rounding explains; infinity where a value is missing.
 
     The bound is the textbook one for a sum of K products, |error| <= K * eps * sum |x||w|, for both results, plus the
     rounding of the output to its own dtype.
     """
-    dense, ours = twin(x), packed(x)
+    twin, dense, ours = member.twin, member.rival(x), packed(x)
     if dense.shape != ours.shape or dense.dtype != ours.dtype:
         return math.inf
     wide = torch.float64 if dense.dtype == torch.float64 else torch.float32
     terms = math.prod(twin.weight.shape[1:]) + 1
     bias = None if twin.bias is None else twin.bias.abs().to(wide)
+    reach = torch.ones_like(x, dtype=wide) if member.signed else x.abs().to(wide)
     magnitude = torch.func.functional_call(
-        twin, {"weight": twin.weight.abs().to(wide), **({} if bias is None else {"bias": bias})}, (x.abs().to(wide),)
+        twin, {"weight": twin.weight.abs().to(wide), **({} if bias is None else {"bias": bias})}, (reach,)
     )
     bound = (2 * terms * torch.finfo(wide).eps + 2 * torch.finfo(dense.dtype).eps) * magnitude
     bound += torch.finfo(dense.dtype).tiny
@@ -645,19 +781,22 @@ class _Race:
         if any(x.numel() == 0 for _, x, _ in calls):
             report.reason = "the example inputs give it an empty batch: nothing to measure"
             return
-        candidates = _candidates(weight, report.sparsity, unit.names, self.block_sizes)
+        candidates, refused = _candidates(
+            weight, report.sparsity, unit.names, self.block_sizes, unit.members[0].held
+        )
         if not candidates:
-            named = unit.names == ("dense",)
-            report.reason = "asked to stay dense" if named else f"only {report.sparsity:.1%} zeros: too few to skip"
+            few = f"only {report.sparsity:.1%} zeros: too few to skip"
+            report.reason = "asked to stay dense" if unit.names == ("dense",) else "; ".join(refused) or few
             return
+        unit.raced = True
 
         size = weight.numel() * weight.element_size()
         trials = {"dense": Trial("dense", None, 1.0, size, None, 0.0)}
-        layers: dict[str, list[nn.Module]] = {"dense": [member.twin for member in unit.members]}
-        for name, block_size in candidates:
-            held, packed = _packed_layers(unit, name, block_size)
-            error = max(_deviation(unit.members[i].twin, packed[i], x) for i, x, _ in calls)
-            trial = Trial(name, block_size, held.density, held.nbytes, None, error)
+        layers: dict[str, list[nn.Module]] = {"dense": [member.rival for member in unit.members]}
+        for candidate in candidates:
+            held, packed = _packed_layers(unit, candidate)
+            error = max(_deviation(unit.members[i], packed[i], x) for i, x, _ in calls)
+            trial = Trial(candidate[0], candidate[1], held.density, held.nbytes, None, error)
             trials[trial.label] = trial
             if error <= 1:
                 layers[trial.label] = [*packed]
@@ -690,6 +829,8 @@ class _Race:
             Trial(t.format, t.block_size, t.density, t.nbytes, times.get(label), t.error) for label, t in trials.items()
         ]
         self._choose(unit, finalists)
+        if refused:
+            report.reason += f"; {'; '.join(refused)}"
         if unit.winner is not None:
             kept = cast("list[PackedLayer]", layers[unit.winner.label])
             for member, layer in zip(unit.members, kept, strict=True):
@@ -726,6 +867,11 @@ class _Race:
             if gain < 1 + self.min_gain:
                 best = None
                 report.reason = f"{fastest} is {gain:.2f}x dense; {1 + self.min_gain:.2f}x needed"
+                # What a layer is already, and what is smaller besides, need not gain: it must not lose.
+                own = unit.members[0].held
+                label = None if own is None else _family(own.format)
+                if label in seconds and label in finalists and seconds[label] <= dense:
+                    best = label
         else:
             fit = [t for t in report.trials if t.label in finalists and t.label in seconds]
             fit = [t for t in fit if seconds[t.label] <= dense * (1 + self.min_gain)]

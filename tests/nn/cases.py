@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The four packed layers as named cases, and the tolerance they are judged by."""
+"""The packed layers as named cases, and the tolerance they are judged by."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import slimtorch as slim
+from slimtorch.formats import Binary, Codebook
 from slimtorch.nn import PackedLayer
 from tests.problems import masked_matrix
 
@@ -28,6 +29,8 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     density: float = 0.3
+    levels: int = 0  # distinct values of the weight that the format can hold without loss, zero included; 0: any
+    binary: bool = False  # the format holds one magnitude per row, and no zeros
 
     def twin(self) -> nn.Linear | nn.Conv2d:
         """The dense layer with its weight pruned to `density`."""
@@ -36,8 +39,21 @@ class Case:
         shape = layer.weight.shape
         weight = masked_matrix(shape[0], shape[1:].numel(), self.density, 1, block_size=self.block_size, empty_rows=2)
         with torch.no_grad():
-            layer.weight.copy_(weight.reshape(shape))
+            layer.weight.copy_(self.representable(weight).reshape(shape))
         return layer.to(self.dtype)
+
+    def representable(self, weight: Tensor) -> Tensor:
+        """`weight` moved to values that the format holds without loss (and bfloat16 too)."""
+        if self.binary:
+            rows = weight.flatten(1)
+            scale = (1 + torch.arange(len(rows)) % 4) / 8
+            return (torch.where(rows < 0, -1.0, 1.0) * scale[:, None]).reshape(weight.shape)
+        if self.levels:
+            half = (self.levels - 1) // 2
+            steps = (weight * 4).round()
+            steps = torch.where(steps == 0, weight.sign(), steps).clamp(-half, half)
+            return steps / 8
+        return weight
 
     def packed(self) -> PackedLayer:
         """The packed layer that computes the same."""
@@ -73,9 +89,26 @@ CASES = (
     Case("block_sparse_linear", slim.nn.BlockSparseLinear, _linear, (37,), (8, 8), {"block_size": (8, 8)}),
     Case("sparse_conv2d", slim.nn.SparseConv2d, _conv, (6, 9, 11)),
     Case("block_sparse_conv2d", slim.nn.BlockSparseConv2d, _conv, (6, 9, 11), (4, 16), {"block_size": (4, 16)}),
-)
-CONVS = CASES[2:]
+    Case("codebook_linear", slim.nn.CodebookLinear, _linear, (37,), options={"bits": 3, "zero": False}, levels=7),
+    Case(
+        "codebook_conv2d", slim.nn.CodebookConv2d, _conv, (6, 9, 11),
+        options={"bits": 4, "group_size": 5, "zero": False}, levels=7,
+    ),
+    Case("sparse_codebook_linear", slim.nn.SparseCodebookLinear, _linear, (37,), options={"bits": 3}, levels=7),
+    Case(
+        "sparse_codebook_conv2d", slim.nn.SparseCodebookConv2d, _conv, (6, 9, 11),
+        options={"bits": 5, "group_size": "row"}, levels=7,
+    ),
+    Case("binary_linear", slim.nn.BinaryLinear, _linear, (37,), options={"binarize_input": False}, binary=True),
+    Case("binary_conv2d", slim.nn.BinaryConv2d, _conv, (6, 9, 11), options={"binarize_input": False}, binary=True),
+)  # fmt: skip
+SPARSE_CASES = CASES[:4]
+CONVS = tuple(case for case in CASES if "conv2d" in case.name)
 
+CODEBOOKS = CASES[4:6]
+
+each_sparse = pytest.mark.parametrize("case", SPARSE_CASES, ids=lambda case: case.name)
+each_quantized = pytest.mark.parametrize("case", CASES[4:], ids=lambda case: case.name)
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 each_conv = pytest.mark.parametrize("case", CONVS, ids=lambda case: case.name)
 
@@ -86,8 +119,10 @@ def with_dtype(case: Case, dtype: torch.dtype) -> Case:
 
 def stored(packed: PackedLayer) -> Tensor:
     """1 where the layer stores an entry of the dense weight (zeros inside a stored block too), else 0."""
-    held = packed.format
-    return packed._as_format(torch.ones_like(held.values), packed._positions(), {}).to_dense().detach()
+    if isinstance(packed.format, (Binary, Codebook)):
+        return torch.ones_like(packed.weight)
+    ones = torch.ones_like(packed._values())
+    return packed._as_format(ones, packed._positions(), {}).to_dense().detach()
 
 
 def assert_as_good(actual: Tensor, dense: Tensor, exact: Tensor) -> None:

@@ -11,8 +11,20 @@ import torch
 from torch import nn
 
 import slimtorch as slim
+from slimtorch.formats import BlockSparse, Sparse, SparseCodebook
 from slimtorch.ops import _common
-from tests.nn.cases import Case, assert_as_good, compare, each_case, each_conv, stored, with_dtype
+from tests.nn.cases import (
+    CODEBOOKS,
+    Case,
+    assert_as_good,
+    compare,
+    each_case,
+    each_conv,
+    each_quantized,
+    each_sparse,
+    stored,
+    with_dtype,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -20,7 +32,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 # --- construction and conversion ---
 
 
-@each_case
+@each_sparse
 def test_fresh_layer_has_the_twins_initialisation(case: Case) -> None:
     torch.manual_seed(7)
     twin = case.dense()
@@ -33,6 +45,23 @@ def test_fresh_layer_has_the_twins_initialisation(case: Case) -> None:
     assert torch.equal(layer.bias, twin.bias)
     assert layer.format.density >= 1
     compare(case, layer, twin, case.input(5))
+
+
+@each_quantized
+def test_fresh_quantized_layer_has_the_twins_initialisation_as_near_as_it_can(case: Case) -> None:
+    torch.manual_seed(7)
+    twin = case.dense()
+    expected = case.packed_class.from_dense(twin, **case.options)
+    torch.manual_seed(7)
+    layer = case.fresh()
+    torch.manual_seed(7)
+    layer.reset_parameters()  # `fresh` has drawn random numbers of its own before it built the layer
+    assert torch.equal(layer.weight, expected.weight)
+    assert torch.equal(layer.bias, twin.bias)
+    assert layer.format.density == 1
+    off = float((layer.weight - twin.weight).square().mean() / twin.weight.square().mean())
+    assert off < (0.3 if case.binary else 0.05)  # uniform weights: 1/4 of the power by signs, 1/64 by eight values
+    compare(case, layer, layer.to_dense(), case.input(5))
 
 
 def test_constructor_draws_what_the_twin_draws() -> None:
@@ -63,7 +92,7 @@ def test_from_dense_copies_and_keeps_flags(case: Case) -> None:
     twin.weight.requires_grad_(False)
     packed = case.packed_class.from_dense(twin, **case.options)
     assert not packed.training
-    assert not packed.values.requires_grad
+    assert not packed._values().requires_grad
     assert packed.bias.requires_grad
     before = packed.weight.clone()
     with torch.no_grad():
@@ -73,7 +102,7 @@ def test_from_dense_copies_and_keeps_flags(case: Case) -> None:
     assert float(packed.bias.detach().abs().sum()) > 0
 
 
-@each_case
+@each_sparse
 def test_from_dense_sees_through_a_mask(case: Case) -> None:
     twin = case.twin()
     slim.prune_(twin, slim.prune.Magnitude(sparsity=0.8))
@@ -86,7 +115,7 @@ def test_dense_and_empty_weights(case: Case) -> None:
     for density in (0.0, 1.0):
         twin = case.twin()
         with torch.no_grad():
-            twin.weight.mul_(0) if density == 0 else twin.weight.normal_()
+            twin.weight.copy_(case.representable(density * torch.randn_like(twin.weight)))
         packed = case.packed_class.from_dense(twin, **case.options)
         compare(case, packed, twin, case.input(3))
 
@@ -106,14 +135,39 @@ def test_without_bias(case: Case) -> None:
 def test_weight_is_differentiable(case: Case) -> None:
     packed = case.packed()
     packed.weight.square().sum().backward()
-    torch.testing.assert_close(packed.values.grad, 2 * packed.values.detach() * (packed.values.detach() != 0))
+    expected = packed._gather(2 * packed.weight.detach())
+    torch.testing.assert_close(packed._values().grad, expected)
+    assert bool(expected.any())
+
+
+@pytest.mark.parametrize("case", CODEBOOKS, ids=lambda case: case.name)
+def test_the_zero_of_a_codebook_stays_zero(case: Case) -> None:
+    twin = case.twin()
+    packed = case.packed_class.from_dense(twin, **{**case.options, "zero": True})
+    pruned = twin.weight == 0
+    assert "zero=True" in repr(packed)
+    assert torch.equal(packed.codebook[:, 0], torch.zeros(packed.codebook.shape[0]))
+    optimizer = torch.optim.AdamW(packed.parameters(), 0.1, weight_decay=0.1)
+    for seed in range(3):
+        optimizer.zero_grad()
+        packed(case.input(5, seed=seed)).square().sum().backward()
+        assert bool((packed.codebook.grad[:, 0] == 0).all())
+        assert bool((packed.codebook.grad[:, 1:] != 0).any())
+        optimizer.step()
+    assert bool((packed.weight[pruned] == 0).all())
+    assert not torch.equal(packed.weight, twin.weight)
 
 
 @each_case
 def test_repr_says_what_is_stored(case: Case) -> None:
-    text = repr(case.packed())
-    assert f"stored={case.packed().values.numel()}" in text
-    assert ("block_size" in text) == ("block" in case.name)
+    packed = case.packed()
+    text = repr(packed)
+    if isinstance(packed.format, (Sparse, BlockSparse)):
+        assert f"stored={packed.format.values.numel()}" in text
+    if isinstance(packed.format, SparseCodebook):
+        assert f"stored={int((packed.weight != 0).sum())}" in text
+    for name, value in case.options.items():
+        assert f"{name}={value!r}" in text or value is False
 
 
 @each_case
@@ -211,7 +265,10 @@ def test_nan_and_inf_come_out_where_a_stored_weight_meets_them(case: Case, value
 def test_conv_geometries(case: Case, geometry: dict[str, Any]) -> None:
     torch.manual_seed(0)
     twin = nn.Conv2d(**{"in_channels": 6, "out_channels": 10, "kernel_size": 3, **geometry})
-    packed = case.packed_class.from_dense(twin, **case.options)
+    with torch.no_grad():
+        twin.weight.copy_(case.representable(twin.weight))
+    options = {**case.options, "group_size": None} if "group_size" in case.options else case.options
+    packed = case.packed_class.from_dense(twin, **options)
     for batch in ((), (2,)):
         x = case.input(*batch).requires_grad_()
         y, expected = packed(x), twin(x)
@@ -309,21 +366,21 @@ def test_meta(case: Case) -> None:
         fresh = case.packed_class(dense.in_features, dense.out_features, **kwargs)
     else:
         fresh = case.packed_class(dense.in_channels, dense.out_channels, dense.kernel_size, groups=2, **kwargs)
-    assert fresh.values.is_meta
+    assert fresh._values().is_meta
 
 
-@each_case
+@each_sparse
 def test_padding_of_edge_blocks_has_no_effect(case: Case) -> None:
     packed, twin = case.fresh(), case.twin()
     torch.manual_seed(1)
     with torch.no_grad():
-        packed.values.normal_()  # also where blocks reach beyond the weight
+        packed._values().normal_()  # also where blocks reach beyond the weight
         twin.weight.copy_(packed.weight)
         twin.bias.copy_(packed.bias)
     x = case.input(4).requires_grad_()
     y = compare(case, packed, twin, x)
     grad = torch.randn_like(y)
-    ours = torch.autograd.grad(y, [x, packed.values], grad)
+    ours = torch.autograd.grad(y, [x, packed._values()], grad)
     theirs = torch.autograd.grad(twin(x), [x, twin.weight], grad)
     exact = double_gradients(case, twin, x, grad)
     assert_as_good(ours[0], theirs[0], exact)

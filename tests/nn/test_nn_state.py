@@ -15,7 +15,7 @@ from torch import nn
 
 import slimtorch as slim
 from slimtorch.nn import PackedLayer
-from tests.nn.cases import Case, compare, each_case, with_dtype
+from tests.nn.cases import Case, compare, each_case, each_quantized, each_sparse, with_dtype
 
 
 def _through_torch(state: dict[str, Any]) -> dict[str, Any]:
@@ -29,33 +29,44 @@ def _other(case: Case, density: float) -> Case:
     return Case(case.name, case.packed_class, case.dense, case.sample, case.block_size, case.options, density=density)
 
 
+# Names in the state of a family: what is trained, and where it stands.
+FIELDS: dict[str, tuple[str, set[str]]] = {
+    "sparse": ("values", {"columns", "row_offsets"}),
+    "block_sparse": ("values", {"block_columns", "block_row_offsets"}),
+    "codebook": ("codebook", {"codes"}),
+    "sparse_codebook": ("codebook", {"codes", "gaps", "row_offsets"}),
+    "binary": ("scale", {"signs"}),
+}
+
+
 @each_case
 def test_the_state_is_canonical(case: Case) -> None:
     packed = case.packed()
-    positions = {"block_columns", "block_row_offsets"} if "block" in case.name else {"columns", "row_offsets"}
-    assert set(packed.state_dict()) == {"values", "bias", "weight_shape", *positions}
-    assert {name for name, _ in packed.named_parameters()} == {"values", "bias"}
+    values, positions = FIELDS[case.name.rsplit("_", 1)[0]]
+    assert set(packed.state_dict()) == {values, "bias", "weight_shape", *positions}
+    assert {name for name, _ in packed.named_parameters()} == {values, "bias"}
     assert packed.state_dict()["weight_shape"].tolist() == list(case.twin().weight.shape)
     for name in positions:
-        assert packed.state_dict()[name].dtype == torch.int32
+        narrow = name in ("codes", "gaps", "signs")
+        assert packed.state_dict()[name].dtype == (torch.uint8 if narrow else torch.int32)
 
 
-@each_case
+@each_sparse
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.3, 1.0])
 def test_a_sparser_or_denser_state_loads(case: Case, assign: bool, density: float) -> None:
     source = _other(case, density)
     target = case.fresh() if density < 1 else case.packed()
-    values, bias = target.values, target.bias
+    values, bias = target._values(), target.bias
     optimizer = torch.optim.SGD(target.parameters(), 0.1)
     x = case.input(4)
     target(x).sum().backward()
     target.load_state_dict(_through_torch(source.packed().state_dict()), assign=assign)
     assert torch.equal(target.weight, source.twin().weight)
     compare(case, target, source.twin(), x)
-    assert target.values.grad is None or target.values.grad.shape == target.values.shape
+    assert target._values().grad is None or target._values().grad.shape == target._values().shape
     if not assign:
-        assert target.values is values
+        assert target._values() is values
         assert target.bias is bias
         optimizer.zero_grad()
         target(x).sum().backward()
@@ -79,7 +90,7 @@ def _dense_of(layer: PackedLayer) -> nn.Module:
 def test_loading_casts_like_the_twin(case: Case) -> None:
     target = with_dtype(case, torch.bfloat16).fresh()
     target.load_state_dict(case.packed().state_dict())
-    assert target.values.dtype == torch.bfloat16
+    assert target._values().dtype == torch.bfloat16
     assert torch.equal(target.weight, case.twin().weight.bfloat16())
 
 
@@ -121,7 +132,7 @@ def _break(state: dict[str, torch.Tensor], case: Case, how: str) -> str:
     return "bias"
 
 
-@each_case
+@each_sparse
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize(
     "how",
@@ -144,6 +155,64 @@ def test_a_damaged_state_is_refused_and_changes_nothing(case: Case, how: str, as
     assert torch.equal(model(case.input(3)), y)
 
 
+def _damages(layer: PackedLayer) -> dict[str, tuple[str, torch.Tensor]]:
+    """Ways to damage the state of a quantized layer: tensor to blame, and what it becomes."""
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    stream = "signs" if "signs" in state else "codes"
+    damages = {
+        "stream too short": (stream, state[stream][:-1]),
+        "stream too long": (stream, torch.cat([state[stream], state[stream][:1]])),
+        "stream of another dtype": (stream, state[stream].int()),
+        "integer values": (layer.VALUES, state[layer.VALUES].int()),
+        "values of another size": (layer.VALUES, state[layer.VALUES][..., 1:]),
+        "other shape": ("weight_shape", state["weight_shape"] + 1),
+    }
+    if "gaps" in state:
+        gaps, offsets = state["gaps"], state["row_offsets"]
+        last = int(offsets[torch.nonzero(offsets)[0]]) - 1  # the last entry of the first row that has any
+        far, skip = gaps.clone(), gaps.clone()
+        far[last], skip[last] = 254, 255
+        fall, early = offsets.clone(), offsets.clone()
+        fall[1], early[-1] = 10_000, early[-1] - 1
+        damages |= {
+            "column out of range": ("gaps", far),
+            "row that ends with a skip": ("gaps", skip),
+            "offsets fall": ("row_offsets", fall),
+            "offsets end early": ("row_offsets", early),
+            "too few offsets": ("row_offsets", offsets[1:]),
+        }
+    return damages
+
+
+@each_quantized
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_damaged_quantized_state_is_refused_and_changes_nothing(case: Case, assign: bool) -> None:
+    donor = case.packed()
+    for blamed, tensor in _damages(donor).values():
+        model = nn.Sequential(case.packed())
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        y = model(case.input(3))
+        state = {f"0.{name}": value.clone() for name, value in donor.state_dict().items()}
+        with pytest.raises(RuntimeError, match=rf"0\.{blamed}: expected"):
+            model.load_state_dict({**state, f"0.{blamed}": tensor}, assign=assign)
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        assert torch.equal(model(case.input(3)), y)
+
+
+def test_sparser_and_denser_sparse_codebooks_load() -> None:
+    torch.manual_seed(0)
+    target = slim.nn.SparseCodebookLinear(300, 20)
+    for density in (0.0, 0.005, 0.4):
+        dense = nn.Linear(300, 20)
+        with torch.no_grad():
+            dense.weight.mul_(torch.rand(20, 300) < density)
+        donor = slim.nn.SparseCodebookLinear.from_dense(dense)
+        target.load_state_dict(_through_torch(donor.state_dict()))
+        x = torch.randn(5, 300)
+        assert torch.equal(target(x), donor(x))
+        assert torch.equal(target.weight, donor.weight)
+
+
 def test_another_block_size_is_refused() -> None:
     donor = slim.nn.BlockSparseLinear(64, 64, block_size=(8, 8))
     target = slim.nn.BlockSparseLinear(64, 64, block_size=(16, 16))
@@ -163,7 +232,7 @@ def test_missing_and_unexpected_keys_are_reported_as_by_the_twin(case: Case) -> 
         case.fresh().load_state_dict(case.twin().state_dict())
     # values alone fit the positions that are there
     doubled = 2 * packed.weight.detach()
-    result = packed.load_state_dict({"values": 2 * state["values"]}, strict=False)
+    result = packed.load_state_dict({packed.VALUES: 2 * state[packed.VALUES]}, strict=False)
     assert "bias" in result.missing_keys
     assert torch.equal(packed.weight, doubled)
 
@@ -177,7 +246,7 @@ def test_deepcopy_and_pickle(case: Case) -> None:
         assert torch.equal(twin(x), y)
         assert repr(twin) == repr(packed)
         with torch.no_grad():
-            twin.values.zero_()
+            twin._values().zero_()
         assert torch.equal(packed(x), y)
     assert len(pickle.dumps(packed)) < len(pickle.dumps(packed.state_dict())) + 20_000  # no plans inside
 
@@ -198,8 +267,8 @@ def test_torch_save(case: Case, tmp_path: Path) -> None:
 def test_to_dtype(case: Case) -> None:
     for dtype in (torch.bfloat16, torch.float64):
         packed, twin = case.packed().to(dtype), case.twin().to(dtype)
-        assert packed.values.dtype == packed.bias.dtype == dtype
-        assert packed._positions()[0].dtype == torch.int32
+        assert packed._values().dtype == packed.bias.dtype == dtype
+        assert not any(position.is_floating_point() for position in packed._positions())
         assert torch.equal(packed.weight, twin.weight)
         compare(with_dtype(case, dtype), packed, twin, with_dtype(case, dtype).input(5))
 
@@ -216,15 +285,16 @@ def test_meta_and_back(case: Case) -> None:
     # to_empty leaves positions that mean nothing: an error, never a wild read
     empty = case.packed().to("meta").to_empty(device="cpu")
     for position in empty._positions():
-        position.fill_(-7)
+        position.fill_(7 if position.dtype == torch.uint8 else -7)
     empty._prepare()
-    with pytest.raises(ValueError, match="expected"):
-        empty(x)
+    if "row_offsets" in state or "block_row_offsets" in state:  # of the others, any bits are a weight
+        with pytest.raises(ValueError, match="expected"):
+            empty(x)
     empty.load_state_dict(state)
     assert torch.equal(empty(x), y)
 
 
-@each_case
+@each_sparse
 def test_plans_survive_what_keeps_positions(case: Case) -> None:
     packed = case.packed()
     plans = packed._plans
@@ -235,7 +305,7 @@ def test_plans_survive_what_keeps_positions(case: Case) -> None:
     assert held.plan(packed.groups) is packed.format.plan(packed.groups)  # cached in the layer, not in the object
 
 
-@each_case
+@each_sparse
 def test_evaluation_derives_no_backward_plan(case: Case) -> None:
     twin = case.twin().eval()
     packed = case.packed_class.from_dense(twin, **case.options)
@@ -260,17 +330,17 @@ def test_no_change_of_the_values_goes_unnoticed(case: Case, gradients: bool) -> 
         torch.testing.assert_close(call(), factor * y, rtol=1e-4, atol=1e-5)
 
     with torch.no_grad():
-        packed.values.mul_(2)
+        packed._values().mul_(2)
     assert_scaled(2)
-    packed.values.data = packed.values.data * 2
+    packed._values().data = packed._values().data * 2
     assert_scaled(4)
-    torch.nn.utils.vector_to_parameters(torch.nn.utils.parameters_to_vector([packed.values]) * 2, [packed.values])
+    torch.nn.utils.vector_to_parameters(torch.nn.utils.parameters_to_vector([packed._values()]) * 2, [packed._values()])
     assert_scaled(8)
-    packed.load_state_dict({**packed.state_dict(), "values": packed.values.detach() * 2})
+    packed.load_state_dict({**packed.state_dict(), packed.VALUES: packed._values().detach() * 2})
     assert_scaled(16)
-    packed.values = nn.Parameter(packed.values.detach() * 2)
+    setattr(packed, packed.VALUES, nn.Parameter(packed._values().detach() * 2))
     assert_scaled(32)
-    packed.values.data.mul_(2)  # which torch's version counter does not see
+    packed._values().data.mul_(2)  # which torch's version counter does not see
     assert_scaled(64)
 
 
@@ -279,7 +349,7 @@ def test_to_dtype_and_pickle_after_use(case: Case) -> None:
     packed, twin, x = case.packed(), case.twin(), case.input(70)
     packed(x)
     for dtype in (torch.bfloat16, torch.float64, torch.float32):
-        packed(x.to(packed.values.dtype))
+        packed(x.to(packed._values().dtype))
         packed, twin = packed.to(dtype), twin.to(dtype)
         compare(with_dtype(case, dtype), packed, twin, x.to(dtype))
     for same in (copy.deepcopy(packed.format), pickle.loads(pickle.dumps(packed.format))):

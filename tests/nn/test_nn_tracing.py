@@ -93,9 +93,9 @@ def test_functional_call_uses_the_given_values(case: Case) -> None:
     torch.testing.assert_close(packed(x), twin(x))
     y.square().sum().backward()
     twin(x).square().sum().backward()
-    torch.testing.assert_close(changed["values"].grad, 2 * packed._gather(twin.weight.grad), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(changed[packed.VALUES].grad, 2 * packed._gather(twin.weight.grad), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(changed["bias"].grad, 2 * twin.bias.grad, rtol=1e-4, atol=1e-4)
-    assert packed.values.grad is None
+    assert packed._values().grad is None
 
 
 @each_case
@@ -134,7 +134,7 @@ def test_autocast_follows_the_twin(case: Case) -> None:
     assert_as_good(y, expected, exact_y)
     for out in (y, expected, exact_y):
         out.sum().backward()
-    assert packed.values.grad.dtype == packed.bias.grad.dtype == torch.float32
+    assert packed._values().grad.dtype == packed.bias.grad.dtype == torch.float32
     assert_as_good(ours.grad, theirs.grad, wide.grad)
     with torch.autocast("cpu", torch.bfloat16, enabled=False):
         assert packed(x).dtype == torch.float32

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import slimtorch as slim
-from tests.nn.cases import Case, assert_as_good, each_case, stored, with_dtype
+from tests.nn.cases import Case, assert_as_good, each_case, each_sparse, stored, with_dtype
 
 
 @each_case
@@ -35,7 +35,7 @@ def test_gradients_equal_the_twins(case: Case, dtype: torch.dtype, batch: tuple[
     assert_as_good(inputs[0].grad, inputs[1].grad, inputs[2].grad)
     assert_as_good(packed.bias.grad, twin.bias.grad, exact.bias.grad)
     expected = packed._gather(twin.weight.grad)
-    assert_as_good(packed.values.grad, expected, copy.deepcopy(packed).double()._gather(exact.weight.grad))
+    assert_as_good(packed._values().grad, expected, copy.deepcopy(packed).double()._gather(exact.weight.grad))
 
 
 @each_case
@@ -45,7 +45,7 @@ def test_expanded_and_strided_gradients(case: Case) -> None:
     packed(x).sum().backward()  # an expanded scalar
     twin(z).sum().backward()
     torch.testing.assert_close(x.grad, z.grad, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(packed.values.grad, packed._gather(twin.weight.grad), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(packed._values().grad, packed._gather(twin.weight.grad), rtol=1e-4, atol=1e-4)
     x.grad = z.grad = None
     packed(x).transpose(0, -1)[..., ::2].square().sum().backward()
     twin(z).transpose(0, -1)[..., ::2].square().sum().backward()
@@ -55,16 +55,16 @@ def test_expanded_and_strided_gradients(case: Case) -> None:
 @each_case
 def test_only_what_asks_for_gradients_gets_them(case: Case) -> None:
     packed = case.packed()
-    packed.values.requires_grad_(False)
+    packed._values().requires_grad_(False)
     packed(case.input(2)).sum().backward()
-    assert packed.values.grad is None
+    assert packed._values().grad is None
     assert packed.bias.grad is not None
     packed.bias.requires_grad_(False)
     assert not packed(case.input(2)).requires_grad
     x = case.input(2).requires_grad_()
     packed(x).sum().backward()
     assert x.grad is not None
-    assert packed.values.grad is None
+    assert packed._values().grad is None
 
 
 @each_case
@@ -84,7 +84,7 @@ def test_gradcheck(case: Case) -> None:
         assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
 
 
-@each_case
+@each_sparse
 def test_training_follows_the_masked_twin(case: Case) -> None:
     case = with_dtype(case, torch.float64)
     twin, packed = case.twin(), case.packed()
@@ -111,7 +111,7 @@ def test_a_plan_derived_in_inference_mode_serves_training(case: Case) -> None:
     with torch.inference_mode():
         packed(case.input(3))
     packed(case.input(3).requires_grad_()).sum().backward()
-    assert packed.values.grad is not None
+    assert packed._values().grad is not None
 
 
 def _model() -> nn.Sequential:

@@ -314,6 +314,7 @@ def test_masks_are_baked(timed: Any) -> None:
     slim.pack_(model, x, formats={"0": "sparse", "1": "dense"})
     assert isinstance(model[0], slim.nn.SparseLinear)
     assert model[0].values.numel() == round(0.1 * 32 * 32)
+    assert model[0].values.requires_grad
     assert type(model[1]) is nn.Linear
     assert model[1].weight is original
     assert slim.prune.masks(model).keys() == {"2"}  # not considered: not touched

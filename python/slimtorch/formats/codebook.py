@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,6 +14,9 @@ from slimtorch.formats._bits import check_stream, pack_bits, stream_bytes, unpac
 from slimtorch.formats._common import INDEX_LIMIT, check_dense, matrix_shape
 
 GroupSize = int | Literal["row"] | None
+
+Fit = Callable[[Tensor, int, "Tensor | slice"], Tensor]
+"""``fit(values, count, members)``: at most ``count`` ascending centroids of ``values``, the ``members`` of a table."""
 
 
 def check_bits(bits: int) -> int:
@@ -56,11 +60,14 @@ def group_code(group_size: GroupSize) -> int:
     return 0 if group_size is None else -1 if group_size == "row" else group_size
 
 
-def cluster(values: Tensor, tables: Tensor, count: int, bits: int, zero: bool) -> tuple[Tensor, Tensor]:
+def cluster(
+    values: Tensor, tables: Tensor, count: int, bits: int, zero: bool, fit: Fit | None = None
+) -> tuple[Tensor, Tensor]:
     """Tables ``[count, 2**bits]`` for ``values [n]`` of which each belongs to one of ``tables [n]``, and indices.
 
     Exact where a table has at most ``2**bits`` distinct values, else 1-D k-means from linear initialisation (Han et
-    al. 2016, section 3.2). With ``zero``, entry 0 of every table is 0 and serves the zeros, and nothing else.
+    al. 2016, section 3.2), or whatever ``fit`` gives. With ``zero``, entry 0 of every table is 0 and serves the zeros,
+    and nothing else.
     """
     entries = 1 << bits
     codebook = torch.zeros(count, entries, dtype=values.dtype, device=values.device)
@@ -80,7 +87,7 @@ def cluster(values: Tensor, tables: Tensor, count: int, bits: int, zero: bool) -
             own = own[nonzero]
         if own.numel() == 0:
             continue
-        centroids = _centroids(own, room)
+        centroids = _centroids(own, room) if fit is None else fit(own, room, members)
         codebook[table, entries - room : entries - room + centroids.numel()] = centroids.to(codebook.dtype)
         # Indices by the centroids as they are stored, so that rounding them cannot move a weight to a farther one.
         stored = codebook[table, entries - room : entries - room + centroids.numel()]
@@ -93,21 +100,36 @@ def _centroids(values: Tensor, count: int) -> Tensor:
     distinct = torch.unique(values)
     if distinct.numel() <= count:
         return distinct
-    if count == 0:
-        raise ValueError("bits: expected at least 2 for a weight with zeros that are to stay zero, got 1")
     return kmeans(values, torch.linspace(float(values.min()), float(values.max()), count, dtype=torch.float64))
 
 
-def kmeans(values: Tensor, centroids: Tensor, iterations: int = 300) -> Tensor:
-    """Lloyd's iterations in one dimension, on sorted values and their prefix sums; ascending centroids, float64."""
-    ordered = values.flatten().double().sort().values
-    sums = torch.cat([ordered.new_zeros(1), ordered.cumsum(0)])
-    centroids = centroids.double().sort().values
+def _native(values: Tensor) -> bool:
+    return values.device.type == "cpu" and values.numel() > 0 and not torch.compiler.is_compiling()
+
+
+def kmeans(values: Tensor, centroids: Tensor, iterations: int = 300, weights: Tensor | None = None) -> Tensor:
+    """Lloyd's iterations in one dimension, on sorted values and their prefix sums; ascending centroids, float64.
+
+    Args:
+        values: ``[n]``.
+        centroids: where to start.
+        iterations: at most; it ends before where no centroid moves.
+        weights: ``[n]``, not negative: what each value counts in the mean of its cluster; None: all alike. A cluster
+            without weight stays where it is.
+    """
+    if _native(values):
+        wide, counts = values.flatten().double(), None if weights is None else weights.flatten().double()
+        return torch.ops.slimtorch.kmeans_1d(wide, centroids.double(), counts, iterations, 0.0)
+    ordered, order = values.flatten().double().sort()
+    counts = torch.ones_like(ordered) if weights is None else weights.flatten().double()[order]
+    sums = torch.cat([ordered.new_zeros(1), (ordered * counts).cumsum(0)])
+    totals = torch.cat([ordered.new_zeros(1), counts.cumsum(0)])
+    centroids = centroids.to(ordered).sort().values
     for _ in range(iterations):
         cuts = torch.searchsorted(ordered, (centroids[1:] + centroids[:-1]) / 2, right=True)
         cuts = torch.cat([cuts.new_zeros(1), cuts, cuts.new_full((1,), ordered.numel())])
-        sizes = cuts[1:] - cuts[:-1]
-        means = (sums[cuts[1:]] - sums[cuts[:-1]]) / sizes.clamp(min=1)
+        sizes = totals[cuts[1:]] - totals[cuts[:-1]]
+        means = (sums[cuts[1:]] - sums[cuts[:-1]]) / torch.where(sizes > 0, sizes, 1)
         moved = torch.where(sizes > 0, means, centroids)
         if torch.equal(moved, centroids):
             break
@@ -118,6 +140,8 @@ def kmeans(values: Tensor, centroids: Tensor, iterations: int = 300) -> Tensor:
 def nearest(values: Tensor, centroids: Tensor) -> Tensor:
     """Index of the nearest of the ascending ``centroids`` for each value, uint8; ties to the lower one."""
     wide = centroids.double()
+    if _native(values):
+        return torch.ops.slimtorch.assign_1d(values.flatten().double(), wide).reshape(values.shape)
     return torch.searchsorted((wide[1:] + wide[:-1]) / 2, values.double().contiguous()).to(torch.uint8)
 
 
@@ -133,7 +157,7 @@ class Codebook:
         bits: of an index, 1 … 8.
         group_size: None: one table for all. An int g: a table for every g consecutive inputs (columns of the matrix),
             shared by all rows. "row": a table per output row.
-        zero: entry 0 of every table is the constant 0, for pruned weights: what is stored there does not matter.
+        zero: entry 0 of every table is a constant without gradient: the zero of pruned weights.
     """
 
     codebook: Tensor
@@ -224,7 +248,7 @@ class Codebook:
         """The dense weight, of ``self.shape``; differentiable with respect to ``codebook``."""
         codebook = self.codebook
         if self.zero:
-            codebook = torch.cat([torch.zeros_like(codebook[:, :1]), codebook[:, 1:]], dim=1)
+            codebook = torch.cat([codebook[:, :1].detach(), codebook[:, 1:]], dim=1)
         flat = (self.tables() << self.bits) + self.indices()
         return codebook.reshape(-1)[flat].reshape(self.shape)
 

@@ -67,7 +67,7 @@ class CodebookLinear(_CodebookLayer, PackedLinear):
         in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
         bits: of an index, 1 … 8; a table has ``2**bits`` entries.
         group_size: None for one table, an int for a table per so many consecutive inputs, "row" for one per output.
-        zero: entry 0 of every table is the constant 0.
+        zero: entry 0 of every table is the constant 0, not trained.
         activation: None, or ``"relu"`` to fuse a ReLU.
 
     Shapes: input ``[..., in_features]``, output ``[..., out_features]``.
