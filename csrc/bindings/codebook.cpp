@@ -67,7 +67,7 @@ int64_t piece_count(const Weight& w) {
 
 }  // namespace
 
-// Whether entry 0 is a constant matters to gradients alone: autograd finds it among the arguments of the forward operator.
+// Whether entry 0 is a constant matters to gradients alone: autograd finds it among the forward's arguments.
 Tensor linear(Tensor x, Tensor codebook, Tensor codes, int64_t rows, int64_t bits, int64_t group_size, bool,
               std::optional<Tensor> bias, bool relu) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 1, "x: expected a CPU tensor [..., in_features]");

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // The idea: the weight stays a stream of indices until it is needed, and how often a decoded entry is used decides how.
 //
-//   few rows of x     a row of W is a dot product along k: 32 indices become table entries in registers and are multiplied
-//                     there, by up to four rows of x. Bound by the shuffles of the look-up (codebook_lookup.h): for 4
-//                     bits on AVX2, 13 for 32 weights at two a cycle.
+//   few rows of x     a row of W is a dot product along k: 32 indices become table entries in registers and meet up to
+//                     four rows of x there. Bound by the shuffles of the look-up (codebook_lookup.h): for 4 bits on
+//                     AVX2, 13 for 32 weights at two a cycle.
 //   more, and images  a few rows of a k block are decoded to a scratch of 12 KB in the first-level cache, and a dense
 //                     register tile runs over all columns of the group:
 //
 //                       acc[i][0 … ]  +=  broadcast(scratch[i][k])  *  panel[k][0 … ]       i < R
 //
-//                     with R * vectors = 12 sums in 16 registers. Bound by the FMAs; decoding a weight costs about as much
-//                     as five columns.
+//                     with R * vectors = 12 sums in 16 registers. Bound by the FMAs; decoding a weight costs about as
+//                     much as five columns.
 //
 // Streams are used where they are if a row starts on a whole byte; otherwise it is shifted into a scratch first.
 #pragma once
@@ -36,10 +36,14 @@ constexpr int64_t kPitch = kBlock + 16;  // of decoded rows, so that they do not
 constexpr int64_t kRows = 24;            // decoded at once
 constexpr int64_t kAccumulatorBytes = 1 << 18;
 
+// Not inlined, as other functions below that are called once for each row or run: every look-up has its own copy of the
+// callers, and compiling those took minutes.
+#define SLIM_NOINLINE __attribute__((noinline))
+
 SLIM_INLINE int64_t table_entries(const Weight& w) { return max_of<int64_t>(16, int64_t(1) << w.bits); }
 SLIM_INLINE int64_t stream_scratch_bytes(const Weight& w) { return align64((w.width * w.bits >> 3) + 64); }
 
-// All tables that rows share, or that of one row: values in the type that sums are kept in, and as a look-up wants them.
+// All tables that rows share, or that of one row: values in the type of sums, and as a look-up wants them.
 template <class T>
 struct Tables {
   T *values, *prepared;
@@ -55,7 +59,7 @@ SLIM_INLINE int64_t table_bytes(const Weight& w) {
 }
 
 template <class IO, class T>
-void load_table(const Weight& w, int64_t table, T* values, T* prepared) {
+SLIM_NOINLINE void load_table(const Weight& w, int64_t table, T* values, T* prepared) {
   const int64_t entries = int64_t(1) << w.bits;
   const IO* from = static_cast<const IO*>(w.codebook) + table * entries;
   for (int64_t i = 0; i < entries; ++i) values[i] = to_compute(from[i]);
@@ -64,7 +68,7 @@ void load_table(const Weight& w, int64_t table, T* values, T* prepared) {
 }
 
 template <class IO, class T>
-Tables<T> load_tables(const Weight& w, void* workspace) {
+SLIM_NOINLINE Tables<T> load_tables(const Weight& w, void* workspace) {
   T* values = static_cast<T*>(workspace);
   bool own = false;
   with_lookup<T, false, false>(w.bits, [&](auto* type) { own = Pointee<decltype(type)>::kPrepares; });
@@ -75,12 +79,9 @@ Tables<T> load_tables(const Weight& w, void* workspace) {
   return {values, prepared};
 }
 
-// Indices c0 … c1 of a row as a stream that begins with a whole byte and may be read kSlack bytes beyond its end.
-SLIM_INLINE const uint8_t* row_stream(const Weight& w, int64_t row, int64_t c0, int64_t c1, uint8_t* scratch) {
-  const int64_t bit = (row * w.width + c0) * w.bits, first = bit >> 3, count = (c1 - c0) * w.bits;
+SLIM_NOINLINE const uint8_t* shifted_stream(const Weight& w, int64_t bit, int64_t count, uint8_t* scratch) {
+  const int64_t first = bit >> 3, last = (bit + count + 7) >> 3;
   const int shift = int(bit & 7);
-  const int64_t last = (bit + count + 7) >> 3;
-  if (shift == 0 && last + kSlack <= w.bytes) return w.codes + first;
   const uint8_t* from = w.codes + first;
   const int64_t bytes = (count + 7) >> 3, safe = min_of(bytes, w.bytes - first - 8);
   int64_t i = 0;
@@ -94,6 +95,13 @@ SLIM_INLINE const uint8_t* row_stream(const Weight& w, int64_t row, int64_t c0, 
   }
   __builtin_memset(scratch + bytes, 0, kSlack);
   return scratch;
+}
+
+// Indices c0 … c1 of a row as a stream that begins with a whole byte and may be read kSlack bytes beyond its end.
+SLIM_INLINE const uint8_t* row_stream(const Weight& w, int64_t row, int64_t c0, int64_t c1, uint8_t* scratch) {
+  const int64_t bit = (row * w.width + c0) * w.bits, count = (c1 - c0) * w.bits;
+  if ((bit & 7) == 0 && ((bit + count + 7) >> 3) + kSlack <= w.bytes) return w.codes + (bit >> 3);
+  return shifted_stream(w, bit, count, scratch);
 }
 
 // Calls f(c0, c1, stream, values, prepared) for the runs of columns k0 … k1 of a row that share a table.
@@ -126,8 +134,8 @@ SLIM_INLINE void put(T value, T* out) {
 SLIM_INLINE void put(float value, bf16* out) { from_compute(value, out); }
 
 template <class T, class Lookup, class OUT>
-SLIM_INLINE void decode_run(const Lookup& lookup, const uint8_t* stream, int64_t n, int bits, const T* values,
-                            OUT* out) {
+SLIM_NOINLINE void decode_run(const Lookup& lookup, const uint8_t* stream, int64_t n, int bits, const T* values,
+                              OUT* out) {
   using V = typename Simd<T>::V;
   constexpr int L = Simd<T>::kLanes, N = kStep / L;
   int64_t i = 0;
@@ -170,8 +178,8 @@ void decode_rows(const Weight& w, int64_t row0, int64_t count, int64_t k0, int64
 
 // Sums of a run of n columns that share a table. x [M, pitch]: whole steps in the look-up's order, the rest as it is.
 template <class T, class Lookup, int M, int N>
-SLIM_INLINE void dot_run(const Lookup& lookup, const uint8_t* stream, int64_t n, int bits, const T* values, const T* x,
-                         int64_t pitch, Vec<T, N> (*sum)[4], T* rest) {
+SLIM_NOINLINE void dot_run(const Lookup& lookup, const uint8_t* stream, int64_t n, int bits, const T* values,
+                           const T* x, int64_t pitch, Vec<T, N> (*sum)[4], T* rest) {
   using V = Vec<T, N>;
   constexpr int kSets = M == 1 ? 4 : 2;
   int64_t i = 0;
@@ -191,6 +199,22 @@ SLIM_INLINE void dot_run(const Lookup& lookup, const uint8_t* stream, int64_t n,
 
 SLIM_INLINE int64_t dot_pitch(const Weight& w) { return (w.width + 15) / 16 * 16 + 16; }
 
+// Rows of x, each in runs of columns that begin a new step, in the order in which a look-up gives its entries.
+template <class IO, class T>
+SLIM_NOINLINE void order_rows(const IO* from, int64_t rows, int64_t width, int64_t run, Order order, T* to,
+                              int64_t pitch) {
+  uint8_t position[kStep];
+  for (int j = 0; j < kStep; ++j) position[j] = uint8_t(order_of(order, j));
+  for (int64_t m = 0; m < rows; ++m, from += width, to += pitch)
+    for (int64_t c0 = 0; c0 < width; c0 += run) {
+      const int64_t c1 = min_of(width, c0 + run);
+      int64_t i = c0;
+      for (; i + kStep <= c1; i += kStep)
+        for (int j = 0; j < kStep; ++j) to[i + j] = to_compute(from[i + position[j]]);
+      for (; i < c1; ++i) to[i] = to_compute(from[i]);
+    }
+}
+
 // Workspace: tables | stream | x [kDotAtOnce, pitch] | sums [rows, kDotAtOnce]
 template <class IO, class Lookup, int M>
 void dot_rows(const Params& p, int64_t first, int64_t row0, int64_t row1, void* workspace) {
@@ -208,17 +232,7 @@ void dot_rows(const Params& p, int64_t first, int64_t row0, int64_t row1, void* 
   const int64_t part = ceil_div(ceil_div(w.width, parts), kStep) * kStep;
   // Steps are counted from the start of a run of columns that share a table, or of the part.
   const int64_t run = max_of<int64_t>(1, w.group_size > 0 ? w.group_size : part);
-  for (int m = 0; m < M; ++m)
-    for (int64_t c0 = 0; c0 < w.width; c0 += run) {
-      const IO* from = static_cast<const IO*>(p.a.x) + (first + m) * w.width + c0;
-      T* to = x + m * pitch + c0;
-      const int64_t n = min_of(run, w.width - c0);
-      int64_t i = 0;
-      for (; i + kStep <= n; i += kStep)
-#pragma GCC unroll 32
-        for (int j = 0; j < kStep; ++j) to[i + j] = to_compute(from[i + order_of(Lookup::kOrder, j)]);
-      for (; i < n; ++i) to[i] = to_compute(from[i]);
-    }
+  order_rows(static_cast<const IO*>(p.a.x) + first * w.width, M, w.width, run, Lookup::kOrder, x, pitch);
   if (w.group_size == kTablePerRow) load_table<IO>(w, row0, tables.values, tables.prepared);
   const Lookup lookup(tables.prepared, w.bits);
   for (int64_t k0 = 0, left = parts; left > 0; --left, k0 += part) {
@@ -323,7 +337,7 @@ SLIM_INLINE void multiply(const T* w, int64_t depth, const Lowered<T>& x, const 
 constexpr int tile_rows(int vectors) { return (SLIM_VECTOR_BYTES == 64 ? vectors > 1 ? 24 : 12 : 12) / vectors; }
 
 template <class T, bool kTable, int NV>
-void run_rows(const T* w, int64_t rows, int64_t depth, const Lowered<T>& x, const char* base, T* acc) {
+SLIM_NOINLINE void run_rows(const T* w, int64_t rows, int64_t depth, const Lowered<T>& x, const char* base, T* acc) {
   constexpr int R = tile_rows(NV), P = Simd<T>::kPanel;
   int64_t i = 0;
   for (; i + R <= rows; i += R) multiply<T, kTable, R, NV>(w + i * kPitch, depth, x, base, acc + i * P);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // From a bit stream of indices to table entries in registers, 32 at a time.
 //
-// A look-up holds one table (in its own arrangement, made by `prepare`) and turns the next 32 indices (4 * bits bytes of the stream) into 32 / kLanes vectors. Which
-// instructions are best depends on bits and instruction set:
+// A look-up holds one table, arranged by `prepare`, and turns the next 32 indices, 4 * bits bytes of the stream, into
+// 32 / kLanes vectors. Which instructions are best depends on bits and instruction set:
 //
 //   AVX2     1, 2 bits  vpermilps: 4 entries in each half of the register
 //            3 bits     vpermps: 8 entries
@@ -215,7 +215,7 @@ struct LookupFour {
   }
 };
 
-// 5 and 6 bits: two or four tables of 16. Where an index belongs to another table its top bit is set, and vpshufb gives 0.
+// 5 and 6 bits: two or four tables of 16. An index of another table gets its top bit set, for which vpshufb gives 0.
 template <int kBits>
 struct LookupWide {
   using V = Vec<float, 8>;

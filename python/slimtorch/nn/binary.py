@@ -50,9 +50,12 @@ class _BinaryLayer(PackedLayer):
         self.signs.copy_(fresh.signs)
         self._prepare()
 
+    def _derive_plans(self) -> None:
+        self.format.plan(self.groups, binarize_input=self.binarize_input)
+
     @property
     def format(self) -> Binary:
-        """The weight as a :class:`slimtorch.formats.Binary` of this layer's own tensors."""
+        """The weight as a :class:`slimtorch.formats.Binary` of this layer's own tensors and plans."""
         return cast(Binary, self._held_format())
 
     def _options(self) -> str:
