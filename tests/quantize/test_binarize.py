@@ -665,3 +665,38 @@ def test_xnor_block_has_the_papers_order():
     assert [type(m) for m in block] == [nn.BatchNorm2d, nn.Conv2d, nn.MaxPool2d]
     assert block(torch.randn(2, 3, 16, 16)).shape == (2, 5, 4, 4)
     assert len(xnor_block(3, 5, 3)) == 2
+
+
+# --- pack_ --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS, ids=IDS)
+def test_pack_takes_the_layers_of_training(method):
+    """`pack_` races the packed form of each layer; whichever wins, the network computes what it did."""
+    model = convnet()
+    report = slim.binarize_(model, method)
+    optimizer = torch.optim.Adam(model.parameters(), 0.003)
+    report.attach(optimizer)
+    x, t = toy((1, 12, 12), 4, 16)
+    train(model, x, t, optimizer, steps=3)
+    model.eval()
+    with torch.no_grad():
+        expected = model(x)
+    modules = list(model)
+    packing = slim.pack_(model, x, formats={"*": "binary"}, time_budget=1)
+    assert all(a is b for a, b in zip(modules, model, strict=True))  # in place
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    trained = {layer.name for layer in report.binarized}
+    drawn = isinstance(method, BinaryConnect) and method.stochastic
+    for layer in packing.layers:
+        raced = [trial.label for trial in layer.trials]
+        assert ("binary" in raced) is (layer.name in trained and not drawn)
+        if layer.chosen == "binary":
+            packed = model.get_submodule(layer.name)
+            assert isinstance(packed, (slim.nn.BinaryConv2d, slim.nn.BinaryLinear))
+            assert packed.binarize_input is (binary_part(report, layer.name) == "weights, input")
+
+
+def binary_part(report: Any, name: str) -> str:
+    return next(layer.binary for layer in report.layers if layer.name == name)
