@@ -35,7 +35,7 @@ NETWORK = "lenet300"
 KEPT = {"fc1": 0.08, "fc2": 0.09, "fc3": 0.26}  # table 2 of the paper
 STATES = ("whole", "pruned")
 STARTS = ("linear", "density", "random", "uniform")
-AWARE_BITS = (1, 2, 3, 4)
+AWARE_BITS = (1, 2, 3)
 BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 
 
@@ -55,7 +55,7 @@ class Plan:
     bits: tuple[int, ...] = BITS
     dense_epochs: float = 8
     retrain_epochs: float = 3
-    tune_epochs: float = 1.5
+    tune_epochs: float = 1
     rate: float = 2e-3
     tune_rate: float = 1e-3
     every: int = 50
@@ -92,7 +92,7 @@ def run(settings: Settings, out: Path, progress: Progress) -> Result:
     """Train what is not stored in ``out`` and put it together."""
     data, words = load_data(settings)
     plan, scale = QUICK if settings.quick else Plan(), epoch_scale(data)
-    seeds = settings.seeds or (1 if settings.quick else 5)
+    seeds = settings.seeds or (1 if settings.quick else 3)
     store = Store(out / "units")
     bases = [Unit(state, "base", seed, plan, scale, words) for seed in range(seeds) for state in STATES]
     rest = [Unit(kind, state, seed, plan, scale, words) for seed in range(seeds) for state in STATES for kind in STARTS]
