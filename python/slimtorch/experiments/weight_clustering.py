@@ -94,7 +94,7 @@ def run(settings: Settings, out: Path, progress: Progress) -> Result:
     plan, scale = QUICK if settings.quick else Plan(), epoch_scale(data)
     seeds = settings.seeds or (1 if settings.quick else 3)
     store = Store(out / "units")
-    bases = [Unit(state, "base", seed, plan, scale, words) for seed in range(seeds) for state in STATES]
+    bases = [Unit("base", state, seed, plan, scale, words) for seed in range(seeds) for state in STATES]
     rest = [Unit(kind, state, seed, plan, scale, words) for seed in range(seeds) for state in STATES for kind in STARTS]
     rest += [Unit("aware", "whole", seed, plan, scale, words) for seed in range(seeds)]
     results: dict[tuple[str, str, int], Any] = {}
@@ -120,7 +120,7 @@ def _run_unit(unit: Unit, data: Digits, store: Store) -> Record:
     if unit.kind == "aware":
         return _aware(unit, data)
     base = "whole" if unit.kind == "base" else unit.state
-    first = Unit(base, "base", unit.seed, plan, scale, unit.data)
+    first = Unit("base", base, unit.seed, plan, scale, unit.data)
     needed = store.load(first.name, first.config())
     if needed is None:
         raise LookupError(f"{unit.name} needs {first.name}, which is not stored")
@@ -175,7 +175,7 @@ def _with_weights(model: nn.Module, data: Digits) -> Record:
 
 
 def _result(settings: Settings, words: str, plan: Plan, seeds: int, results: dict[tuple[str, str, int], Any]) -> Result:
-    base = {state: [results[state, "base", seed]["test"] for seed in range(seeds)] for state in STATES}
+    base = {state: [results["base", state, seed]["test"] for seed in range(seeds)] for state in STATES}
 
     def of(kind: str, state: str, what: str, bits: int) -> list[float]:
         return [results[kind, state, seed][what][str(bits)] for seed in range(seeds)]
