@@ -34,6 +34,8 @@ def onnx_model(problem: dict[str, Any]) -> Any:
     """An ONNX model of one layer with its bias; weights are dense initialisers with zeros, as exporters write them."""
     from onnx import TensorProto, helper, numpy_helper
 
+    if problem["kind"] == "matmul_nbits":
+        return matmul_nbits_model(problem)
     weight, bias, x = problem["weight"], problem["bias"], problem["x"]
     if problem["kind"] == "linear":
         node = helper.make_node("Gemm", ["x", "weight", "bias"], ["y"], transB=1)
@@ -60,6 +62,29 @@ def onnx_model(problem: dict[str, Any]) -> Any:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)])
     model.ir_version = 8  # what both engines' oldest supported releases read
+    return model
+
+
+def matmul_nbits_model(problem: dict[str, Any]) -> Any:
+    """Product with uniformly quantized weights [n, blocks, bytes], scales [n * blocks]; the middle value is 0."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    x, weight, bits = problem["x"], problem["weight"], int(problem["bits"])
+    n, block = weight.shape[0], weight.shape[2] * 8 // bits
+    node = helper.make_node(
+        "MatMulNBits", ["x", "weight", "scales"], ["y"], domain="com.microsoft", K=x.shape[1], N=n, bits=bits,
+        block_size=block, accuracy_level=int(problem["level"]),
+    )  # fmt: skip
+    graph = helper.make_graph(
+        [node],
+        "layer",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(x.shape))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [x.shape[0], n])],
+        [numpy_helper.from_array(weight, "weight"), numpy_helper.from_array(problem["scales"], "scales")],
+    )
+    opsets = [helper.make_opsetid("", 13), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets)
+    model.ir_version = 8
     return model
 
 

@@ -170,10 +170,9 @@ inline void finish_gradient(const void* sums, Tensor& grad, DType dtype) {
   for (int64_t i = 0, n = grad.numel(); i < n; ++i) out[i] = float_to_bf16(static_cast<const float*>(sums)[i]);
 }
 
-inline ConvGeometry conv_geometry(const Tensor& x, const std::vector<int64_t>& kernel,
-                                  const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                                  const std::vector<int64_t>& dilation) {
-  STD_TORCH_CHECK(x.dim() == 4, "x: expected 4 dimensions [N, C, H, W]");
+inline ConvGeometry conv_geometry(int64_t batch, int64_t channels, int64_t height, int64_t width,
+                                  const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
+                                  const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
   STD_TORCH_CHECK(kernel.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
                   "kernel, stride, padding, dilation: expected two ints each");
   for (int i = 0; i < 2; ++i)
@@ -184,9 +183,9 @@ inline ConvGeometry conv_geometry(const Tensor& x, const std::vector<int64_t>& k
   for (int i = 0; i < 2; ++i)
     STD_TORCH_CHECK(kernel[i] <= kLimit && stride[i] <= kLimit && padding[i] <= kLimit && dilation[i] <= kLimit,
                     "kernel, stride, padding, dilation: expected at most 2**20");
-  STD_TORCH_CHECK(kernel[0] * kernel[1] <= INT32_MAX / std::max<int64_t>(1, x.size(1)),
+  STD_TORCH_CHECK(kernel[0] * kernel[1] <= INT32_MAX / std::max<int64_t>(1, channels),
                   "kernel: expected fewer than 2**31 taps over all channels");
-  ConvGeometry g{x.size(0), x.size(1),  x.size(2),  x.size(3),   kernel[0],   kernel[1], stride[0],
+  ConvGeometry g{batch,     channels,   height,     width,       kernel[0],   kernel[1], stride[0],
                  stride[1], padding[0], padding[1], dilation[0], dilation[1], 0,         0};
   const int64_t span_h = g.height + 2 * g.pad_h - g.dilation_h * (g.kernel_h - 1) - 1;
   const int64_t span_w = g.width + 2 * g.pad_w - g.dilation_w * (g.kernel_w - 1) - 1;
@@ -194,6 +193,13 @@ inline ConvGeometry conv_geometry(const Tensor& x, const std::vector<int64_t>& k
   g.out_h = span_h / g.stride_h + 1;
   g.out_w = span_w / g.stride_w + 1;
   return g;
+}
+
+inline ConvGeometry conv_geometry(const Tensor& x, const std::vector<int64_t>& kernel,
+                                  const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                                  const std::vector<int64_t>& dilation) {
+  STD_TORCH_CHECK(x.dim() == 4, "x: expected 4 dimensions [N, C, H, W]");
+  return conv_geometry(x.size(0), x.size(1), x.size(2), x.size(3), kernel, stride, padding, dilation);
 }
 
 // A 1x1 convolution over `x` with as many output pixels as it has itself.

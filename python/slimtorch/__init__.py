@@ -2,7 +2,8 @@
 """slimtorch: trained PyTorch networks made smaller and really faster.
 
     prune_      which weights, blocks or neurons to keep
-    cluster_    weights share few values, in tables that are trained
+    cluster_    weights that share few values
+    binarize_   layers that train binary weights
     pack_       each layer goes to the format that measured fastest, or stays dense
     save, load  one small file, which loads into a fresh dense model
     measure     parameters, bytes, multiply-accumulates, latency
@@ -24,7 +25,7 @@ from slimtorch import formats, nn, ops, prune, quantize, reference, storage
 from slimtorch.measure import Measurement, measure
 from slimtorch.packing import PackReport, pack_
 from slimtorch.prune import prune_
-from slimtorch.quantize import cluster_
+from slimtorch.quantize import binarize_, cluster_
 from slimtorch.storage import FormatError, load, save
 
 __version__: str = _C.version
@@ -35,6 +36,7 @@ __all__ = [
     "Measurement",
     "PackReport",
     "__version__",
+    "binarize_",
     "cluster_",
     "formats",
     "load",

@@ -45,8 +45,20 @@ def binarize(x: Tensor) -> Tensor:
     signs = torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
     if not x.requires_grad:
         return signs
-    clipped = x.clamp(-1, 1)  # its gradient is the straight-through estimator's
+    clipped = x.nan_to_num(0).clamp(-1, 1)  # its gradient is the straight-through estimator's
     return clipped + (signs - clipped).detach()
+
+
+def pack_signs(x: Tensor) -> Tensor:
+    """Signs ``[..., n]`` as packed activations ``[..., 8 * ceil(n / 64)]`` uint8, lowest bit first; 1 is +1."""
+    bits = F.pad((x >= 0).to(torch.uint8), (0, -x.shape[-1] % 64)).unflatten(-1, (-1, 8))
+    return (bits << torch.arange(8, dtype=torch.uint8, device=x.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack_signs(bits: Tensor, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The first ``count`` signs of packed activations ``[..., bytes]``, ``[..., count]``."""
+    each = (bits[..., None] >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1
+    return each.flatten(-2)[..., :count].to(dtype) * 2 - 1
 
 
 def binary_linear(

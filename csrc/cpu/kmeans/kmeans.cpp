@@ -179,11 +179,10 @@ class Sorted {
   const char* wrong_ = nullptr;
 };
 
-// The largest value of type T that is not nearer to b than to a <= b: the midpoint, rounded down, with the rounding error
+// The largest value of type T that is not nearer to b than to a < b: the midpoint, rounded down, with the rounding error
 // of the sum (Knuth's two-sum) saying on which side of a representable midpoint the true one lies.
 template <class T>
 T limit_between(double a, double b) {
-  if (a == b) return T(a);
   if (std::abs(a) > 1e300 || std::abs(b) > 1e300) return T(a / 2 + b / 2);  // their sum might overflow
   const double sum = a + b, part = sum - a, error = (a - (sum - part)) + (b - part), middle = sum / 2;
   T limit = T(middle);
@@ -202,15 +201,16 @@ const char* lloyd_of(const T* values, const T* weights, int64_t n, T* centroids,
   std::vector<double> c(centroids, centroids + k);
   std::vector<int64_t> cuts(size_t(k) + 1, 0), before;
   cuts.back() = n;
+  bool first = true;  // or the centroids have changed places: cuts say nothing about the centroid of this number
   for (int64_t i = 0; i < iterations; ++i) {
     before = cuts;
-    // Computed centroids may be out of order by a rounding where values lie that close; cuts must not be.
-    for (size_t j = 1; j < size_t(k); ++j)
-      cuts[j] = std::max(cuts[j - 1], sorted.count_to(limit_between<T>(std::min(c[j - 1], c[j]), c[j])));
-    if (i > 0 && cuts == before) break;
+    for (size_t j = size_t(k) - 1; j > 0; --j)  // of equal centroids the first gets everything
+      cuts[j] =
+          c[j - 1] < c[j] ? std::min(cuts[j + 1], sorted.count_to(limit_between<T>(c[j - 1], c[j]))) : cuts[j + 1];
+    if (!first && cuts == before) break;
     double moved = 0;
     for (size_t j = 0; j < size_t(k); ++j) {
-      if (i > 0 && cuts[j] == before[j] && cuts[j + 1] == before[j + 1]) continue;
+      if (!first && cuts[j] == before[j] && cuts[j + 1] == before[j + 1]) continue;
       const Sum sum = sorted.range(cuts[j], cuts[j + 1]);
       if (!(sum.w > 0)) continue;
       // Rounding must not carry a mean out of its cluster: values that are all alike are their own mean.
@@ -220,6 +220,8 @@ const char* lloyd_of(const T* values, const T* weights, int64_t n, T* centroids,
       c[j] = mean;
     }
     if (moved <= tolerance) break;
+    first = !std::is_sorted(c.begin(), c.end());  // one of several equal centroids has overtaken the others
+    if (first) std::sort(c.begin(), c.end());
   }
   std::copy(c.begin(), c.end(), centroids);
   std::sort(centroids, centroids + k);
@@ -246,45 +248,54 @@ const char* quantiles_of(const T* values, const T* weights, int64_t n, T* centro
   return nullptr;
 }
 
-// Comparing with every limit is four lanes at a time and has no chain; from some number of limits on, halving is less.
+// Comparing with every limit needs two instructions a vector and has no chain; halving needs five a value and step.
 constexpr int64_t kCompared = 24;
 
 template <class T>
 bool assign_few(const T* values, int64_t n, const T* limits, int64_t count, uint8_t* codes) {
-  constexpr int kLanes = 16;
-  using I = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef T V __attribute__((vector_size(16)));
+  typedef decltype(V{} < V{}) M;
+  constexpr int kLanes = 16 / int(sizeof(T)), kVectors = 4, kStep = kLanes * kVectors;
   int64_t i = 0;
-  I nan = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    I above[kLanes] = {};
-    T x[kLanes];
-    std::memcpy(x, values + i, sizeof x);
-    for (int64_t j = 0; j < count; ++j)
-      for (int l = 0; l < kLanes; ++l) above[l] += x[l] > limits[j];
-    for (int l = 0; l < kLanes; ++l) nan |= x[l] != x[l];
-    for (int l = 0; l < kLanes; ++l) codes[i + l] = uint8_t(above[l]);
+  M nan{};
+  for (; i + kStep <= n; i += kStep) {
+    V x[kVectors];
+    M above[kVectors] = {};
+    for (int v = 0; v < kVectors; ++v) {
+      std::memcpy(&x[v], values + i + v * kLanes, sizeof(V));
+      nan |= x[v] != x[v];
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      const V limit = V{} + limits[j];
+      for (int v = 0; v < kVectors; ++v) above[v] -= x[v] > limit;  // true is -1
+    }
+    for (int v = 0; v < kVectors; ++v)
+      for (int l = 0; l < kLanes; ++l) codes[i + v * kLanes + l] = uint8_t(above[v][l]);
   }
+  bool sound = true;
+  for (int l = 0; l < kLanes; ++l) sound &= nan[l] == 0;
   for (; i < n; ++i) {
     int above = 0;
     for (int64_t j = 0; j < count; ++j) above += values[i] > limits[j];
-    nan |= values[i] != values[i];
+    sound &= values[i] == values[i];
     codes[i] = uint8_t(above);
   }
-  return !nan;
+  return sound;
 }
 
 // limits [255], filled up with infinity.
 template <class T>
 bool assign_many(const T* values, int64_t n, const T* limits, uint8_t* codes) {
-  bool nan = false;
+  bool sound = true;
   for (int64_t i = 0; i < n; ++i) {
     const T x = values[i];
     unsigned at = 0;
-    for (unsigned step = 128; step; step /= 2) at += x > limits[at + step - 1] ? step : 0;
-    nan |= x != x;
+#pragma GCC unroll 8
+    for (int bit = 7; bit >= 0; --bit) at += unsigned(x > limits[at + (1u << bit) - 1]) << bit;
+    sound &= x == x;
     codes[i] = uint8_t(at);
   }
-  return !nan;
+  return sound;
 }
 
 }  // namespace
@@ -306,10 +317,14 @@ template <class T>
 bool assign(const T* values, int64_t n, const T* centroids, int64_t k, uint8_t* codes) {
   T limits[kMaxCentroids - 1];
   std::fill(limits, limits + kMaxCentroids - 1, std::numeric_limits<T>::infinity());
-  if (centroids[0] != centroids[0]) return false;
-  for (int64_t j = 1; j < k; ++j) {
-    if (!(centroids[j - 1] <= centroids[j])) return false;
-    limits[j - 1] = limit_between<T>(double(centroids[j - 1]), double(centroids[j]));
+  for (int64_t j = 0; j < k; ++j)
+    if (!(centroids[std::max<int64_t>(0, j - 1)] <= centroids[j])) return false;
+  for (int64_t j = k - 1; j > 0; --j) {
+    const T low = centroids[j - 1], high = centroids[j];
+    if (low < high)
+      limits[j - 1] = limit_between<T>(double(low), double(high));
+    else if (j < k - 1)
+      limits[j - 1] = limits[j];  // of equal centroids the first gets everything
   }
   return k - 1 <= kCompared ? assign_few(values, n, limits, k - 1, codes) : assign_many(values, n, limits, codes);
 }

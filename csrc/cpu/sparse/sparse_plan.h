@@ -15,13 +15,9 @@
 
 #include <cstdint>
 
-namespace slim::sparse {
+#include "cpu/common/segment.h"
 
-struct Segment {
-  uint32_t start;
-  uint16_t row;
-  uint16_t count;
-};
+namespace slim::sparse {
 
 constexpr uint32_t kPlanMagic = 0x31505353;  // "SSP1"
 constexpr int64_t kRowBlock = 256;

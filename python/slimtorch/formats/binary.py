@@ -25,7 +25,8 @@ class Binary:
     signs: Tensor
     scale: Tensor
     shape: tuple[int, ...]
-    # Execution plans derived from the signs alone, so that no change of the scale can make one stale.
+    # Execution plans derived from the signs alone, so that no change of the scale can make one stale. By groups, and
+    # whether activations are binarised too.
     _plans: dict[tuple[int, bool], Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -85,6 +86,31 @@ class Binary:
     def density(self) -> float:
         """Stored entries over entries of the dense weight: 1."""
         return 1.0
+
+    def plan(self, groups: int = 1, *, binarize_input: bool = True) -> Tensor | None:
+        """The signs in the order of the CPU kernels (opaque bytes): derived once, cached, never saved.
+
+        With ``binarize_input=False`` the plan serves float32 and bfloat16 activations; float64 has a kernel to check
+        gradients with, which orders the signs at every call.
+
+        None while a graph is being traced and nothing is cached (the kernel then derives it at every call), and on
+        devices other than the CPU.
+
+        Raises:
+            TypeError, ValueError: the format breaks an invariant (see ``validate``); checked before the first plan.
+        """
+        key = (groups, binarize_input)
+        if key not in self._plans:
+            if torch.compiler.is_compiling() or self.signs.device.type != "cpu":
+                return None
+            if not self._plans:
+                self.validate()  # kernels trust sizes from here on
+            kernel = self.shape[2:] or (1, 1)
+            with torch.inference_mode(False):  # else backward could not save a plan derived inside inference_mode
+                self._plans[key] = torch.ops.slimtorch.binary_plan(
+                    self.signs, self.shape[0], self.shape[1], kernel, groups, 0 if binarize_input else 1
+                )
+        return self._plans[key]
 
     def __getstate__(self) -> dict[str, object]:
         """Plans are never copied or saved."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from slimtorch.formats._bits import check_stream, pack_bits, stream_bytes, unpack_bits
 from slimtorch.formats._common import INDEX_LIMIT, check_dense, check_offsets, matrix_shape
 from slimtorch.formats.codebook import GroupSize, check_bits, check_group_size, cluster, table_count, table_of
+from slimtorch.formats.sparse import Sparse
 
 SKIP = 255
 
@@ -39,8 +41,9 @@ class SparseCodebook:
     shape: tuple[int, ...]
     bits: int = 4
     group_size: GroupSize = None
-    # Execution plans derived from the positions and codes alone, so that no change of the tables can make one stale.
-    _plans: dict[tuple[int, bool], Tensor] = field(default_factory=dict, repr=False)
+    # Execution plans, by groups, and the positions as CSR: derived from the gaps alone, so no change of the tables can
+    # make one stale.
+    _plans: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def pack(cls, dense: Tensor, bits: int = 4, group_size: GroupSize = None) -> SparseCodebook:
@@ -189,6 +192,51 @@ class SparseCodebook:
         """Stored weights over entries of the dense weight."""
         rows, width = matrix_shape(self.shape)
         return self.nnz / max(1, rows * width)
+
+    def plan(self, groups: int = 1) -> Tensor | None:
+        """How the CPU kernels walk the entries (opaque bytes): derived once, cached, never saved.
+
+        About a byte for each row and 160 columns, whatever the density. None while a graph is being traced and nothing
+        is cached (the kernel then derives it at every call), and on devices other than the CPU.
+
+        Raises:
+            TypeError, ValueError: the format breaks an invariant (see ``validate``); checked before the first plan.
+        """
+        if groups not in self._plans:
+            if torch.compiler.is_compiling() or self.gaps.device.type != "cpu":
+                return None
+            if not self._plans:
+                self.validate()  # kernels trust the positions from here on
+            _, width = matrix_shape(self.shape)
+            taps = self.shape[2] * self.shape[3] if len(self.shape) == 4 else 1
+            with torch.inference_mode(False):  # else backward could not save a plan derived inside inference_mode
+                self._plans[groups] = torch.ops.slimtorch.sparse_codebook_plan(
+                    self.gaps, self.row_offsets, width, groups, taps
+                )
+        plan: Tensor = self._plans[groups]
+        return plan
+
+    def csr(self) -> Sparse | None:
+        """The positions as compressed sparse rows, with values of no meaning: what gradients are computed with.
+
+        Derived once, cached, never saved; six bytes and more for each weight, so only training asks for it. None while
+        a graph is being traced and nothing is cached, and on devices other than the CPU.
+
+        Raises:
+            TypeError, ValueError: the format breaks an invariant (see ``validate``).
+        """
+        if "csr" not in self._plans:
+            if torch.compiler.is_compiling() or self.gaps.device.type != "cpu":
+                return None
+            if not self._plans:
+                self.validate()
+            with torch.inference_mode(False):
+                columns, offsets = torch.ops.slimtorch.sparse_codebook_positions(
+                    self.gaps, self.row_offsets, matrix_shape(self.shape)[1]
+                )
+                self._plans["csr"] = Sparse(torch.zeros(()).expand(columns.shape), columns, offsets, self.shape)
+        csr: Sparse = self._plans["csr"]
+        return csr
 
     def __getstate__(self) -> dict[str, object]:
         """Plans are never copied or saved."""

@@ -50,9 +50,12 @@ class _BinaryLayer(PackedLayer):
         self.signs.copy_(fresh.signs)
         self._prepare()
 
+    def _derive_plans(self) -> None:
+        self.format.plan(self.groups, binarize_input=self.binarize_input)
+
     @property
     def format(self) -> Binary:
-        """The weight as a :class:`slimtorch.formats.Binary` of this layer's own tensors."""
+        """The weight as a :class:`slimtorch.formats.Binary` of this layer's own tensors and plans."""
         return cast(Binary, self._held_format())
 
     def _options(self) -> str:
@@ -213,8 +216,15 @@ class BinaryConv2d(_BinaryLayer, PackedConv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input [N, C, H, W]`` or ``[C, H, W]`` to the output of ``nn.Conv2d``."""
-        x = input if self._extra is None else F.pad(input, self._extra)
-        return ops.binary_conv2d(
-            x, self.format, self.bias, self.stride, self._sides, self.dilation, self.groups,
+        x, sides, cut = input, self._sides, (0, 0)
+        if self._extra is not None and self.binarize_input:
+            # Zeros that are there before the signs are taken would count as +1: the operator pads both sides alike.
+            left, right, top, bottom = self._extra
+            sides, cut = (bottom, right), (bottom - top, right - left)
+        elif self._extra is not None:
+            x = F.pad(input, self._extra)
+        y = ops.binary_conv2d(
+            x, self.format, self.bias, self.stride, sides, self.dilation, self.groups,
             binarize_input=self.binarize_input, activation=self.activation,
         )  # fmt: skip
+        return y if cut == (0, 0) else y[..., cut[0] :, cut[1] :]

@@ -55,6 +55,16 @@ class _SparseCodebookLayer(PackedLayer):
         self.codes.copy_(fresh.codes)
         self._prepare()
 
+    def _derive_plans(self) -> None:
+        self.format.plan(self.groups)
+
+    def _prepare_backward(self) -> None:
+        if self.training and self.codebook.requires_grad and self._plans:
+            csr = self.format.csr()
+            if csr is not None:
+                csr.plan(self.groups)
+                csr.plan(self.groups, transposed=True)
+
     @property
     def format(self) -> SparseCodebook:
         """The weight as a :class:`slimtorch.formats.SparseCodebook` of this layer's own tensors."""

@@ -22,10 +22,10 @@ next   bits     the streams; bits of the last byte that are left over are 0
 ====== ======== ==================================================================================================
 
 Stream ``s`` holds the symbols ``s * c`` to ``(s + 1) * c - 1`` with ``c = ceil(n / S)``. Codes are canonical: numbered
-upwards by length, then by symbol, most significant bit first in the stream. Lengths are those of least total size among
-all of at most 12 bits (package-merge, Larmore and Hirschberg 1990). A blob is refused unless its lengths are those of a
-complete prefix code, its streams end where it says and all bits left over are 0; whether the symbols are those that were
-once encoded is for a checksum to say.
+upwards by length, then by symbol, most significant bit first in the stream. Lengths are those of least total size
+among all of at most 12 bits (package-merge, Larmore and Hirschberg 1990). A blob is refused unless its lengths are
+those of a complete prefix code, its streams end where it says and all bits left over are 0; whether the symbols are
+those that were once encoded is for a checksum to say.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def kmeans_1d(
         tolerance: stop when no centroid moves by more than this. At 0, stop at a fixed point only.
 
     Returns:
-        ``[k]`` centroids of dtype and device of ``values``, **ascending**. A cluster without values, or whose importances sum to
-        0, keeps its centroid. A value halfway between two centroids belongs to the lower.
+        ``[k]`` centroids of dtype and device of ``values``, **ascending**. A cluster without values, or whose
+        importances sum to 0, keeps its centroid. A value halfway between two centroids belongs to the lower.
 
     Raises:
         TypeError: an argument is no tensor, or not floating-point.
@@ -169,7 +169,7 @@ def initial_centroids(
             return ((low.double() + high.double()) / 2).to(values).reshape(1)
         steps = torch.linspace(0, 1, k, dtype=torch.float64)
         return (low.double() * (1 - steps) + high.double() * steps).to(values)
-    # The k smallest of exponential times with these rates: drawing without replacement by weight (Efraimidis, Spirakis).
+    # The k smallest of exponential times with these rates: drawn without replacement (Efraimidis and Spirakis, 2006).
     times = torch.empty(len(flat), dtype=torch.float64).exponential_(generator=generator)
     if weights is not None:
         times /= weights

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from slimtorch import _C
-from slimtorch.storage._container import FormatError, Reader, fail, take, write
+from slimtorch.storage._container import FormatError, Reader, take, write
 from slimtorch.storage._encodings import TensorRecord, TensorWriter, parse_tensors
 from slimtorch.storage._inspect import FileReport, LayerReport, TensorReport, examine
 from slimtorch.storage._model import Loader, describe, header_limit
@@ -36,8 +36,8 @@ Path = str | os.PathLike[str]
 def save(model: nn.Module, path: Path, *, compress: bool = True) -> int:
     """Write a model to one file: every parameter and persistent buffer, bit for bit.
 
-    Packed layers are stored in their formats, shared tensors once. Masks of :func:`slimtorch.prune_` go into the weights
-    of the file as zeros; the model keeps them. A module with a method ``packed()`` is stored as the module that it
+    Packed layers are stored in their formats, shared tensors once. Masks of :func:`slimtorch.prune_` become zeros in
+    the weights of the file; the model keeps them. A module with a method ``packed()`` is stored as the module that it
     returns. The file is written under another name and then renamed: whatever happens, ``path`` is the old file or the
     new one.
 
@@ -79,8 +79,8 @@ def load(path: Path, model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is no module.
-        FormatError: the file is damaged, of a newer version, or does not fit the model; the message says where. The model
-            is left as it was, as on any other exception.
+        FormatError: the file is damaged, of a newer version, or does not fit the model; the message says where. The
+            model is left as it was, as on any other exception.
         ValueError: the model is set up for training (masks, binary weights).
         OSError: the file cannot be read.
     """
@@ -111,9 +111,7 @@ def _check_model(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _opened(
-    path: Path, limit: int | None = None
-) -> Iterator[tuple[Reader, list[LayerRecord], list[TensorRecord]]]:
+def _opened(path: Path, limit: int | None = None) -> Iterator[tuple[Reader, list[LayerRecord], list[TensorRecord]]]:
     """A file whose header and layout are sound; messages get its name."""
     try:
         with open(path, "rb") as file:

@@ -177,7 +177,7 @@ class Reader:
 
     def __init__(self, file: BinaryIO, header_limit: int = HEADER_LIMIT) -> None:
         self.size = os.fstat(file.fileno()).st_size
-        self._file = io.BytesIO(file.read(self.size)) if self.size <= _SMALL_FILE else file
+        self._file: Any = io.BytesIO(file.read(self.size)) if self.size <= _SMALL_FILE else file
         prologue = self._file.read(PROLOGUE.size)
         if prologue[: len(MAGIC)] != MAGIC[: len(prologue)] or not prologue:
             fail("byte 0", "this is no .slim file")
@@ -229,7 +229,7 @@ class Reader:
         """The bytes of a section, uint8 [length], checked by their CRC."""
         data: np.ndarray = torch.empty(section.length, dtype=torch.uint8).numpy()  # aligned as torch's own tensors are
         self._file.seek(self._base + section.offset)
-        view = memoryview(data)
+        view = data.data
         done = 0
         while done < section.length:
             got = self._file.readinto(view[done:])

@@ -3,7 +3,7 @@
 
     plain      the bytes, little-endian, row-major
     distinct   at most 256 bit patterns: a table of them, and an index for each element
-    zeros      most elements are zero bits: gaps between the others, and their values (plain or distinct)
+    zeros      many elements are 0: gaps between the others, signs of the zeros, the other values (plain or distinct)
     codes      a bit stream of indices (see formats/_bits.py): the indices one by one
     columns    positions that ascend within rows: gaps between them
     counts     row offsets: the number of entries of each row
@@ -111,7 +111,9 @@ class Stream:
             try:
                 return torch.ops.slimtorch.huffman_decode(stored, self.symbols).numpy()
             except RuntimeError as error:
-                fail(f"{self.place}.section", f"no Huffman code of {self.symbols} symbols: {str(error).splitlines()[0]}")
+                fail(
+                    f"{self.place}.section", f"no Huffman code of {self.symbols} symbols: {str(error).splitlines()[0]}"
+                )
         spare = 8 * data.size - bits * self.symbols
         if spare and data[-1] >> (8 - spare):
             fail(f"{self.place}.section", f"expected zeros in the last {spare} bits")
@@ -166,6 +168,7 @@ class TensorRecord:
         count: of a distinct one the entries of the table, of codes their bits, of columns the number of the tensor
             with the row offsets.
         stream: of the others, their symbols.
+        signs: of "zeros", one symbol for each: 0, or 1 for -0.0.
         values: of "zeros", the elements that are none.
     """
 
@@ -177,6 +180,7 @@ class TensorRecord:
     section: Section | None = None
     count: int = 0
     stream: Stream | None = None
+    signs: Stream | None = None
     values: TensorRecord | None = None
 
     @property
@@ -191,9 +195,11 @@ class TensorRecord:
     def sections(self) -> list[tuple[Section, str]]:
         """Every section with its place, in the order of the file."""
         found = [] if self.section is None else [(self.section, f"{self.place}.section")]
-        if self.stream is not None:
-            found.append((self.stream.section, f"{self.stream.place}.section"))
+        found += [(stream.section, f"{stream.place}.section") for stream in self._streams()]
         return found + ([] if self.values is None else self.values.sections())
+
+    def _streams(self) -> list[Stream]:
+        return [stream for stream in (self.stream, self.signs) if stream is not None]
 
     @property
     def stored_bytes(self) -> int:
@@ -204,7 +210,7 @@ class TensorRecord:
     def codings(self) -> list[str]:
         """Of its parts, in the order of the file; "plain" for bytes as they are."""
         own = [] if self.section is None else ["plain"]
-        own += [] if self.stream is None else [self.stream.coding]
+        own += [stream.coding for stream in self._streams() if stream.section.length]
         return own + ([] if self.values is None else self.values.codings)
 
     @classmethod
@@ -212,7 +218,7 @@ class TensorRecord:
         """Check one tensor's record for itself; ``number`` is its place among the tensors."""
         encoding = record.get("encoding") if type(record) is dict else None
         fields = _FIELDS.get(encoding) if isinstance(encoding, str) else None
-        if fields is None or (nested and encoding not in ("plain", "distinct")):
+        if not isinstance(encoding, str) or fields is None or (nested and encoding not in ("plain", "distinct")):
             fail(f"{place}.encoding", f"expected {', '.join(_FIELDS)}, got {encoding!r:.40}")
         dtype_name, shape, _, *rest = take(record, place, dtype=str, shape=list, encoding=str, **fields)
         own = dict(zip(fields, rest, strict=True))
@@ -226,7 +232,7 @@ class TensorRecord:
         crc32 = natural(own["crc32"], f"{place}.crc32", 0xFFFFFFFF) if "crc32" in own else None
         section = Section.parse(own["section"], f"{place}.section") if "section" in own else None
         count = 0
-        stream, values = None, None
+        signs, values = None, None
         if encoding == "plain":
             assert section is not None
             if section.length != numel * dtype.itemsize:
@@ -250,6 +256,9 @@ class TensorRecord:
             if values.dtype != dtype or len(values.shape) != 1 or values.numel > numel:
                 fail(f"{place}.values", f"expected at most {numel} values of {dtype_name}")
             _check_escaped(symbols, values.numel, numel, f"{place}.{name}.symbols")
+            signs = Stream.parse(own["signs"], f"{place}.signs")
+            if signs.symbols != numel - values.numel or (signs.coding != "bits0" and not dtype.is_floating_point):
+                fail(f"{place}.signs", f"expected {numel - values.numel} of {dtype_name}, got {signs.symbols}")
         elif encoding == "codes":
             if not 1 <= count <= 8 or dtype != torch.uint8 or sizes != (stream_bytes(symbols, count),):
                 fail(place, f"{symbols} codes of {count} bits make no {dtype_name} {list(sizes)}")
@@ -258,7 +267,7 @@ class TensorRecord:
                 fail(place, f"{encoding!r} does not go with {dtype_name} {list(sizes)}")
             if encoding == "columns" and count >= number:
                 fail(f"{place}.offsets", f"expected the number of an earlier tensor, got {count}")
-        return cls(place, dtype, sizes, encoding, crc32, section, count, stream, values)
+        return cls(place, dtype, sizes, encoding, crc32, section, count, stream, signs, values)
 
     def check_positions(self, bound: int) -> None:
         """Refuse more symbols than positions in a weight of ``bound`` entries can have."""
@@ -270,10 +279,12 @@ class TensorRecord:
     def decode(self, reader: Reader, earlier: Mapping[int, Tensor]) -> Tensor:
         """The tensor. The caller has judged its size; ``earlier`` holds the tensors that others refer to."""
         data = self._decode(reader, earlier)
-        if self.crc32 is not None and zlib.crc32(data) != self.crc32:
+        if self.crc32 is not None and _crc32(data) != self.crc32:
             fail(self.place, "the checksum of the decoded tensor is wrong")
         if self.dtype == torch.bool and data.size and data.max() > 1:
             fail(self.place, "expected bytes 0 and 1 in a bool tensor")
+        if not data.size:
+            return torch.empty(self.shape, dtype=self.dtype)
         flat = torch.from_numpy(data)
         return (flat if self.dtype == torch.uint8 else flat.view(self.dtype)).reshape(self.shape)
 
@@ -303,6 +314,13 @@ class TensorRecord:
             values = self.values.decode(reader, earlier)
             out = _empty(self.numel, pattern)
             out[:] = 0
+            if self.signs is not None and self.signs.coding != "bits0":
+                signs = self.signs.decode(reader)
+                if signs.size and signs.max() > 1:
+                    fail(self.signs.place, f"expected 0 and 1, got {signs.max()}")
+                zero = np.ones(self.numel, bool)
+                zero[at] = False
+                out[zero] = signs.astype(pattern) << pattern(8 * self.dtype.itemsize - 1)
             out[at] = values.view(torch.uint8).numpy().view(pattern)
             return out.view(np.uint8)
         if self.encoding == "codes":
@@ -330,7 +348,7 @@ class TensorRecord:
 _FIELDS: dict[str, dict[str, type]] = {
     "plain": {"section": dict},
     "distinct": {"crc32": int, "count": int, "section": dict, "indices": dict},
-    "zeros": {"crc32": int, "gaps": dict, "values": dict},
+    "zeros": {"crc32": int, "gaps": dict, "signs": dict, "values": dict},
     "codes": {"crc32": int, "bits": int, "indices": dict},
     "columns": {"crc32": int, "offsets": int, "gaps": dict},
     "counts": {"crc32": int, "counts": dict},
@@ -339,6 +357,10 @@ _STREAMS: dict[str, tuple[str, str | None]] = {  # field of the symbols, field t
     "distinct": ("indices", "count"), "zeros": ("gaps", None), "codes": ("indices", "bits"),
     "columns": ("gaps", "offsets"), "counts": ("counts", None),
 }  # fmt: skip
+
+
+def _crc32(data: np.ndarray) -> int:
+    return zlib.crc32(data.data)
 
 
 def _empty(count: int, dtype: Any) -> np.ndarray:
@@ -426,7 +448,7 @@ class TensorWriter:
         symbols = _Symbols.of(unpack_bits(stream, bits, count).numpy())
         if symbols.nbytes + _RECORD_BYTES >= data.size:
             return self._plain(data)
-        return {"encoding": "codes", "crc32": zlib.crc32(data), "bits": bits, "indices": symbols.write(self.sections)}
+        return {"encoding": "codes", "crc32": _crc32(data), "bits": bits, "indices": symbols.write(self.sections)}
 
     def _columns(self, columns: Tensor, offsets: Tensor, data: np.ndarray) -> dict[str, Any]:
         number = self._known[_identity(offsets)]
@@ -438,13 +460,13 @@ class TensorWriter:
         if symbols.nbytes + _RECORD_BYTES >= data.size:
             return self._plain(data)
         gaps = symbols.write(self.sections)
-        return {"encoding": "columns", "crc32": zlib.crc32(data), "offsets": number, "gaps": gaps}
+        return {"encoding": "columns", "crc32": _crc32(data), "offsets": number, "gaps": gaps}
 
     def _counts(self, offsets: Tensor, data: np.ndarray) -> dict[str, Any]:
         symbols = _Symbols.of(escape(np.diff(offsets.numpy().astype(np.int64))))
         if symbols.nbytes + _RECORD_BYTES >= data.size:
             return self._plain(data)
-        return {"encoding": "counts", "crc32": zlib.crc32(data), "counts": symbols.write(self.sections)}
+        return {"encoding": "counts", "crc32": _crc32(data), "counts": symbols.write(self.sections)}
 
     def _values(self, data: np.ndarray, dtype: torch.dtype) -> dict[str, Any]:
         pattern = _PATTERNS.get(dtype.itemsize)
@@ -456,7 +478,8 @@ class TensorWriter:
         if table is not None:
             best = _Distinct.of(elements, table)
             best_size = min(best_size, best.nbytes)
-        nonzero = elements != 0
+        sign = pattern(1 << (8 * dtype.itemsize - 1)) if dtype.is_floating_point else pattern(0)
+        nonzero = (elements & ~sign) != 0
         stored = int(np.count_nonzero(nonzero))
         if 4 * stored <= 3 * elements.size:
             at = np.flatnonzero(nonzero)
@@ -466,9 +489,11 @@ class TensorWriter:
             inner = None if table is None or not stored else _Distinct.of(values, table)
             if inner is not None and inner.nbytes + _RECORD_BYTES >= values.nbytes:
                 inner = None
-            size = gaps.nbytes + _RECORD_BYTES + (values.nbytes if inner is None else inner.nbytes)
+            signs = _Symbols.of((elements[~nonzero] != 0).view(np.uint8))
+            size = gaps.nbytes + signs.nbytes + _RECORD_BYTES + (values.nbytes if inner is None else inner.nbytes)
             if size < best_size:
-                record = {"encoding": "zeros", "crc32": zlib.crc32(data), "gaps": gaps.write(self.sections)}
+                record = {"encoding": "zeros", "crc32": _crc32(data), "gaps": gaps.write(self.sections),
+                          "signs": signs.write(self.sections)}  # fmt: skip
                 body = values.view(np.uint8)
                 own = self._plain(body) if inner is None else inner.write(self.sections)
                 return {**record, "values": {"dtype": NAMES[dtype], "shape": [stored], **own}}
@@ -490,7 +515,9 @@ def distinct(elements: np.ndarray) -> np.ndarray | None:
     for part in np.array_split(elements, max(1, elements.size >> 20)):
         if found.size > 256:
             return None
-        others = part[found[np.searchsorted(found, part).clip(max=max(0, found.size - 1))] != part] if part.size else part
+        others = (
+            part[found[np.searchsorted(found, part).clip(max=max(0, found.size - 1))] != part] if part.size else part
+        )
         if others.size:
             found = np.union1d(found, np.unique(others))
     return found if found.size <= 256 else None
@@ -507,7 +534,7 @@ class _Distinct:
     @classmethod
     def of(cls, elements: np.ndarray, table: np.ndarray) -> _Distinct:
         symbols = _Symbols.of(np.searchsorted(table, elements).astype(np.uint8))
-        return cls(table, symbols, zlib.crc32(elements.view(np.uint8)))
+        return cls(table, symbols, _crc32(elements.view(np.uint8)))
 
     @property
     def nbytes(self) -> int:

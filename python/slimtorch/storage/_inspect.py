@@ -216,7 +216,9 @@ def _figures(
         gaps = has["gaps"].numpy()
         codes = unpack_bits(has["codes"], options["bits"], gaps.size).numpy()[gaps != SKIP]
         return codes.size / max(1, weights), options["bits"], entropy(codes), entropy(gaps)
-    columns, offsets = ("columns", "row_offsets") if layer.format == "sparse" else ("block_columns", "block_row_offsets")
+    columns, offsets = (
+        ("columns", "row_offsets") if layer.format == "sparse" else ("block_columns", "block_row_offsets")
+    )
     gap = None
     if columns in has and offsets in has:
         gap = _gap_entropy(has[columns].numpy().astype(np.int64), has[offsets].numpy().astype(np.int64))
@@ -242,5 +244,3 @@ def entropy(symbols: np.ndarray) -> float:
     counts = np.bincount(symbols, minlength=1)
     shares = counts[counts > 0] / max(1, symbols.size)
     return float(max(0.0, -(shares * np.log2(shares)).sum()))
-
-

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from slimtorch.nn import PackedLayer
@@ -95,7 +96,9 @@ def _saved(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _describe(name: str, module: nn.Module, writer: TensorWriter) -> dict[str, Any] | None:
     if type(module).get_extra_state is not nn.Module.get_extra_state:
-        raise ValueError(f"model: layer {name!r} keeps state that is no tensor (get_extra_state); a file cannot hold it")
+        raise ValueError(
+            f"model: layer {name!r} keeps state that is no tensor (get_extra_state); a file cannot hold it"
+        )
     tensors = own_tensors(module)
     kind = kind_of(module)
     record: dict[str, Any] = {
@@ -130,7 +133,7 @@ def _describe(name: str, module: nn.Module, writer: TensorWriter) -> dict[str, A
 
 
 def _write(writer: TensorWriter, name: str, tensor: Tensor) -> int:
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+    if is_lazy(tensor):
         raise ValueError(f"model: {name!r} has no shape yet; run the model once")
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype not in NAMES:
         raise ValueError(f"model: {name!r} is a {tensor.layout} tensor of {tensor.dtype}, which files cannot hold")
@@ -147,8 +150,8 @@ def _baked(name: str, module: nn.Module) -> Tensor:
     ]
     if strangers:
         raise ValueError(
-            f"model: layer {name!r} is parametrized by {', '.join(strangers)}; a file holds masks of slimtorch.prune only. "
-            "Make the weight permanent first (torch.nn.utils.parametrize.remove_parametrizations)"
+            f"model: layer {name!r} is parametrized by {', '.join(strangers)}; a file holds masks of slimtorch.prune "
+            "only. Make the weight permanent first (torch.nn.utils.parametrize.remove_parametrizations)"
         )
     return cast(Tensor, module.weight).detach()
 
@@ -189,7 +192,8 @@ class Loader:
         for name, module in walk(self.model):
             if parametrize.is_parametrized(module) or callable(getattr(module, "packed", None)):
                 raise ValueError(
-                    f"model: expected a fresh dense model; layer {name!r} is a {type(module).__name__}, set up for training"
+                    f"model: expected a fresh dense model; layer {name!r} is a {type(module).__name__}, "
+                    "set up for training"
                 )
             if own_tensors(module):
                 targets[name] = module
@@ -206,7 +210,9 @@ class Loader:
             twice = pairs.get(id(module))
             if twice is not None:
                 if _but_name(twice[0]) != _but_name(layer):
-                    fail(layer.place, f"{layer.name!r} and {twice[0].name!r} are one layer in the model, not in the file")
+                    fail(
+                        layer.place, f"{layer.name!r} and {twice[0].name!r} are one layer in the model, not in the file"
+                    )
                 continue
             self._fit(layer, module)
             pairs[id(module)] = (layer, module)
@@ -246,10 +252,12 @@ class Loader:
 
     def _fit_tensor(self, tensor: TensorRecord, name: str, present: Tensor) -> None:
         """A tensor of the file must be of the same sort as the model's, and not larger."""
-        if isinstance(present, nn.parameter.UninitializedTensorMixin):
+        if is_lazy(present):
             raise ValueError(f"model: {name!r} has no shape yet; run the model once")
         if len(tensor.shape) != present.dim() or any(a > b for a, b in zip(tensor.shape, present.shape, strict=True)):
-            fail(f"{tensor.place}.shape", f"expected at most {list(present.shape)} of {name!r}, got {list(tensor.shape)}")
+            fail(
+                f"{tensor.place}.shape", f"expected at most {list(present.shape)} of {name!r}, got {list(tensor.shape)}"
+            )
         both = tensor.dtype.is_floating_point and present.is_floating_point()
         if tensor.dtype != present.dtype and not both:
             fail(f"{tensor.place}.dtype", f"expected {present.dtype} of {name!r}, got {tensor.dtype}")
@@ -276,15 +284,20 @@ class Loader:
                 parameter.data = value
             for change in self._changes:
                 undo.append((change.module, type(change.module), change.module.__dict__))
-                change.module.__class__ = change.kind
-                change.module.__dict__ = change.attributes
+                _become(change.module, change.kind, change.attributes)
         except BaseException:
             for module, kind, attributes in reversed(undo):
-                module.__class__ = kind
-                module.__dict__ = attributes
+                _become(module, kind, attributes)
             for parameter, value in before:
                 parameter.data = value
             raise
+
+
+def _become(module: nn.Module, kind: type[nn.Module], attributes: dict[str, Any]) -> None:
+    """Change class and attributes, past any ``__setattr__`` of the module's own."""
+    if type(module) is not kind:
+        object.__setattr__(module, "__class__", kind)
+    object.__setattr__(module, "__dict__", attributes)
 
 
 @dataclass
@@ -347,7 +360,9 @@ def _packed_change(layer: LayerRecord, module: nn.Module, decoded: Mapping[int, 
     if layer.format == "binary":
         options |= {"binarize_input": layer.options["binarize_input"], "scale": layer.options["scale"]}
     packed = cast(Any, family.layers[layer.kind]).from_format(twin, held, **options)
-    values = placed.parameter(layer.numbers[family.values], cast(nn.Parameter, present), packed._parameters[family.values])
+    values = placed.parameter(
+        layer.numbers[family.values], cast(nn.Parameter, present), packed._parameters[family.values]
+    )
     packed._parameters[family.values] = values
     packed._held = None
     if "bias" in layer.numbers:
@@ -366,12 +381,12 @@ def _packed_change(layer: LayerRecord, module: nn.Module, decoded: Mapping[int, 
 def _twin(layer: LayerRecord, module: nn.Module, requires_grad: bool) -> nn.Linear | nn.Conv2d:
     """A dense layer without values, of the file's geometry, for a packed one to take the place of."""
     own = nn.Linear if layer.kind == "Linear" else nn.Conv2d
-    twin = own.__new__(own)
+    twin = cast("nn.Linear | nn.Conv2d", own.__new__(own))
     nn.Module.__init__(twin)
     for name, value in layer.geometry.items():
         setattr(twin, name, tuple(value) if isinstance(value, list) else value)
     twin.weight = nn.Parameter(torch.empty(layer.shape, device="meta"), requires_grad=requires_grad)
-    twin.bias = None
+    twin.register_parameter("bias", None)
     if "bias" in layer.numbers:  # a place for the real one
         twin.bias = nn.Parameter(torch.empty(layer.shape[0], device="meta"), requires_grad=False)
     return twin.train(module.training)
@@ -411,5 +426,3 @@ def _list(names: Any) -> str:
     shown = [repr(name) for name in itertools.islice(names, 6)]
     more = len(names) - 5
     return ", ".join(shown) if more <= 1 else ", ".join([*shown[:5], f"{more} more"])
-
-

@@ -432,8 +432,8 @@ class LayerRecord:
 
 
 def _check_geometry(kind: Kind, geometry: Geometry, place: str) -> Shapes:
-    wanted: dict[str, tuple[type, ...]] = {name: (int, list) for name in kind.sized}
-    take(geometry, place, **wanted, **{name: (int, list, str) for name in kind.fixed})
+    wanted: dict[str, tuple[type, ...]] = dict.fromkeys(kind.sized, (int, list))
+    take(geometry, place, **wanted, **dict.fromkeys(kind.fixed, (int, list, str)))
     for name in kind.sized:
         if name == "normalized_shape":
             naturals(geometry[name], f"{place}.{name}")
