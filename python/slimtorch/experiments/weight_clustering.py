@@ -246,7 +246,7 @@ def _figure(
     from slimtorch.experiments import plots
 
     figure, axes = plots._figure(len(STATES))
-    colors = dict(zip(STARTS, ("#0072B2", "#E69F00", "#009E73", "#CC79A7"), strict=True))
+    colors = dict(zip(STARTS, ("#0072B2", "#E69F00", "#009E73", "#CC79A7"), strict=False))
     for axis, state in zip(axes, STATES, strict=True):
         for kind in STARTS:
             for what, style in (("clustered", "--"), ("tuned", "-")):
