@@ -83,7 +83,7 @@ class FuseReport:
     links: list[tuple[str, str, str]]
 
     def __str__(self) -> str:
-        rows = [list(link) for link in self.links]
+        rows: list[list[object]] = [list(link) for link in self.links]
         return str(Table("Fused binary layers", ["layer", "folded into thresholds", "next layer"], rows))
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input
 
 from slimtorch import reference
 from slimtorch.formats import Binary
@@ -379,7 +380,7 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         signs = _signs(t["signs"], (scale.shape[0], x.shape[1] // groups, *kernel), wide.dtype)
         if ctx.needs_input_grad[0]:
             scaled = wide * scale.to(wide.dtype)[:, None, None]
-            grad_x = torch.nn.grad.conv2d_input(x.shape, signs, scaled, stride, padding, dilation, groups)
+            grad_x = conv2d_input(x.shape, signs, scaled, stride, padding, dilation, groups)
             grad_x = _through(ctx, x, grad_x)
         if ctx.needs_input_grad[2]:
             products = wide * F.conv2d(_binarized(ctx, x), signs, None, stride, padding, dilation, groups)
