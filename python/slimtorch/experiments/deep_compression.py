@@ -66,10 +66,11 @@ class Plan:
     tune_rate: float = 1e-3
 
 
-# Chosen on validation digits.
+# LeNet-300-100: of the plans tried that reach 40 times, the one most accurate on validation digits, against the dense
+# network. LeNet-5: from few trials, whose accuracy on test digits was seen too.
 PLANS = {
     "lenet300": Plan(
-        {"fc1": 0.93, "fc2": 0.9, "fc3": 0.6}, {"fc1": 4, "fc2": 4, "fc3": 4}, rounds=4,
+        {"fc1": 0.92, "fc2": 0.9, "fc3": 0.6}, {"fc1": 4, "fc2": 4, "fc3": 4}, rounds=4,
         dense_epochs=10, retrain_epochs=4, tune_epochs=3,
     ),
     "lenet5": Plan(
