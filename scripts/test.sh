@@ -25,7 +25,9 @@ print(*(name for name, missing in _C.isas().items() if not missing and name != _
     trap stop EXIT
     for isa in $others; do
         echo "kernels: $isa (tests of operators and layers; output follows at the end)"
-        SLIMTORCH_CPU=$isa "$python" -m pytest -q -p no:cacheprovider tests/ops tests/nn >"$logs/$isa" 2>&1 &
+        # k-means and Huffman codes have no kernels for an instruction set of its own
+        SLIMTORCH_CPU=$isa "$python" -m pytest -q -p no:cacheprovider tests/ops tests/nn \
+            --ignore=tests/ops/test_kmeans.py --ignore=tests/ops/test_huffman.py >"$logs/$isa" 2>&1 &
         running[$isa]=$!
     done
     for isa in $others; do

@@ -140,7 +140,7 @@ def _read_idx(path: Path) -> np.ndarray:
     shape = struct.unpack(f">{rank}I", raw[4 : 4 + 4 * rank])
     if len(raw) - 4 - 4 * rank != int(np.prod(shape, dtype=np.int64)):
         raise ValueError(f"data: {str(path)!r} is damaged: {len(raw)} bytes do not hold shape {shape}")
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape)
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape).copy()
 
 
 def _read_cifar(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -150,4 +150,4 @@ def _read_cifar(path: Path) -> tuple[np.ndarray, np.ndarray]:
     records = raw.reshape(-1, 3073)
     if int(records[:, 0].max()) >= CLASSES:
         raise ValueError(f"data: {str(path)!r} is damaged: expected labels below {CLASSES}")
-    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
+    return records[:, 1:].reshape(-1, 3, 32, 32).copy(), records[:, 0].copy()

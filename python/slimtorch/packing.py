@@ -445,8 +445,8 @@ class _Member:
             twin = _plain_twin(cast("nn.Linear | nn.Conv2d", module))
         original = _form_of(module)
         member = cls(module, twin, inputs, {"original": original}, held if isinstance(held, PackedLayer) else None)
-        plain = type(module) in (nn.Linear, nn.Conv2d) or member.signed
-        member.forms["dense"] = original if plain else member._in_place(twin)
+        plain = type(module) in (nn.Linear, nn.Conv2d)
+        member.forms["dense"] = original if plain else member._in_place(member.rival)
         return member
 
     @property
@@ -457,7 +457,12 @@ class _Member:
     @property
     def rival(self) -> nn.Module:
         """The dense layer to beat."""
-        return _Signs(self.twin) if self.signed else self.twin
+        if not self.signed:
+            return self.twin
+        kind = _SignsLinear if isinstance(self.twin, nn.Linear) else _SignsConv2d
+        rival: nn.Module = kind.__new__(kind)
+        rival.__dict__.update(self.twin.__dict__)
+        return rival
 
     def _in_place(self, stand_in: nn.Module) -> _Form:
         """The form of ``stand_in`` with the hooks, the bias and the user's own attributes of the original module."""
@@ -488,6 +493,11 @@ class _Unit:
     winner: Trial | None = None
     raced: bool = False
 
+    @property
+    def signed(self) -> bool:
+        """Whether the layers take the signs of their inputs."""
+        return self.members[0].signed
+
     def show(self, form: str) -> None:
         """Turn the modules into what they were ("original"), plain dense layers ("dense") or the winner ("packed")."""
         for member in self.members:
@@ -499,21 +509,24 @@ class _Unit:
             self.show("packed")
             return
         for member in self.members:
-            # A clustered layer for which dense is faster becomes dense; other layers are left as they were.
-            member.show("dense" if isinstance(member.held, _CLUSTERED) and self.raced else "original")
+            # A clustered or binarised layer for which dense is faster becomes dense: its values stay.
+            member.show("dense" if member.held is not None and self.raced else "original")
             if member.held is None:
                 bake_(member.module)
 
 
-class _Signs(nn.Module):
-    """A dense layer over the signs of its input: what a binarised layer is without packed bits."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
+class _SignsLinear(nn.Linear):
+    """A dense layer over the signs of its input: what a binarised layer is without packed bits. For races only."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return cast(Tensor, self.layer(torch.where(input >= 0, 1.0, -1.0).to(input.dtype)))
+        return super().forward(torch.where(input >= 0, 1.0, -1.0).to(input.dtype))
+
+
+class _SignsConv2d(nn.Conv2d):
+    """As :class:`_SignsLinear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(torch.where(input >= 0, 1.0, -1.0).to(input.dtype))
 
 
 def _plain_twin(module: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
@@ -879,7 +892,11 @@ class _Race:
             best = min(fit, key=lambda t: (t.nbytes, seconds[t.label])).label if fit else None
             if best is None:
                 report.reason = f"no smaller format is fast enough: {fastest} is {gain:.2f}x dense"
-        if best is not None:
+        if best is None and unit.signed:  # only packed, or still to be trained: torch has no dense layer over signs
+            unit.winner = report.trial(fastest)
+            report.chosen, report.speedup = fastest, gain
+            report.reason = f"{gain:.2f}x a dense layer over signs, which torch does not have"
+        elif best is not None:
             unit.winner = report.trial(best)
             report.chosen, report.speedup = best, dense / seconds[best]
             smaller = report.trials[0].nbytes / max(1, unit.winner.nbytes)
@@ -919,7 +936,8 @@ def _settle(
             {"dense": runner("dense"), "packed": runner("packed")}, samples=_MODEL_SAMPLES, device=device
         )
         _, (dense, packed) = _judge([times["dense"], times["packed"]])
-        if packed <= dense * (1 + tolerance):
+        won = [unit for unit in won if not unit.signed]
+        if packed <= dense * (1 + tolerance) or not won:
             return notes, (times["dense"], times["packed"])
         won.sort(key=_saved)
         back = won[: max(1, len(won) // 4)]

@@ -275,6 +275,10 @@ def test_opcheck(problem: Problem, binarize: bool) -> None:
     for each in (plan, None):
         arguments = (leaves[0], weight.signs, leaves[1], each, leaves[2], *shape, binarize, True)
         torch.library.opcheck(getattr(torch.ops.slimtorch, f"binary_{layer}").default, arguments)
+    taps = list(problem.kernel) if isinstance(problem, ConvProblem) else [1, 1]
+    for kind in (0, 1):
+        where = (weight.signs, weight.shape[0], weight.shape[1], taps, getattr(problem, "groups", 1), kind)
+        torch.library.opcheck(torch.ops.slimtorch.binary_plan.default, where)
     detached = (x, weight.signs, weight.scale, plan, bias, *shape, binarize, False)
     torch.library.opcheck(getattr(torch.ops.slimtorch, f"binary_{layer}_inference").default, detached)
 

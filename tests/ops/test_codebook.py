@@ -291,6 +291,9 @@ def test_opcheck(bits: int) -> None:
         shape = ((3, 3), (1, 2), (1, 0), (1, 1), 1)
         torch.library.opcheck(ops.codebook_conv2d.default, (image, tables, *tail[:-1], *shape, False))
         torch.library.opcheck(
+            ops.codebook_conv2d_inference.default, (image.detach(), tables.detach(), *detached[:-1], *shape, False)
+        )
+        torch.library.opcheck(
             ops.codebook_decode.default, (tables.detach(), weight.codes, 12, 36, bits, group_code(group_size))
         )
         torch.library.opcheck(

@@ -91,8 +91,22 @@ CODING = {
 }  # fmt: skip
 
 
+# Families with an opcheck of every operator in their own files, test_<family>*.py.
+QUANTIZED = {
+    "codebook": {"linear", "conv2d", "linear_inference", "conv2d_inference", "decode", "sum_members"},
+    "sparse_codebook": {
+        "linear", "conv2d", "linear_inference", "conv2d_inference", "plan", "positions", "decode", "sum_members",
+    },
+    "binary": {
+        "linear", "conv2d", "linear_inference", "conv2d_inference", "linear_to_bits", "conv2d_to_bits",
+        "linear_from_bits", "conv2d_from_bits", "plan", "scale_dots",
+    },
+}  # fmt: skip
+
+
 def test_every_operator_is_checked() -> None:
     checked = {"sparse_pack_values", *CODING}
+    checked |= {f"{family}_{name}" for family, names in QUANTIZED.items() for name in names}
     for form in (SPARSE, Format((4, 8))):
         for problem in (LINEAR, CONV):
             x, weight, bias = tensors(problem, form, torch.float32)
