@@ -32,7 +32,7 @@ from bench.timing import Contender, Reference, Settings, Timing, WrongResultErro
 from slimtorch import nn as slim_nn
 from slimtorch.formats import Codebook
 from slimtorch.formats.codebook import GroupSize, table_count
-from slimtorch.report import Table
+from slimtorch.report import Table, format_seconds
 
 SIZES, ROWS, BITS = (1024, 4096), (1, 4, 16, 64, 256), (2, 3, 4, 5, 8)
 INT4_GROUP = 128  # of torch's int4 kernel, which rounds its scales to the activations' dtype
@@ -88,6 +88,8 @@ def mkl(x: Tensor, dense: Tensor) -> Callable[[], Tensor]:
 def torch_int4(x: Tensor, weight: Codebook) -> Callable[[], Tensor]:
     if weight.bits != 4:
         raise NotImplementedError("4 bits only")
+    if x.dtype == torch.float32 and len(x) > 4:
+        raise NotImplementedError("its float32 path takes seconds a call")
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.indices().int(), 1)
     # Values are (index - 8) * scale + zero.
     groups = torch.tensor([SCALE, 0.0], dtype=x.dtype).expand(weight.shape[1] // INT4_GROUP, weight.shape[0], 2)
@@ -187,7 +189,7 @@ def measure(
 
 
 def row(case: Case, timings: Sequence[Timing]) -> list[object]:
-    """Microseconds of everybody and our ratios."""
+    """Times of everybody and our ratios."""
     by_name = {timing.contender: timing.median for timing in timings}
     mine = by_name["slimtorch"]
     same = [t.median for t in timings if t.role == "dense"]
@@ -199,7 +201,7 @@ def row(case: Case, timings: Sequence[Timing]) -> list[object]:
     group = "" if case.group_size is None else f" g{case.group_size}"
     return [
         f"{case.n}x{case.n} m{case.m} {case.bits} bit{group}{' bf16' if case.dtype == 'bfloat16' else ''}",
-        *(None if t is None else round(t * 1e6) if t >= 1e-4 else round(t * 1e6, 1) for t in times),
+        *(None if t is None else format_seconds(t) for t in times),
         *(None if t is None else t / mine for t in ratios),
     ]
 
@@ -257,7 +259,7 @@ def run(options: argparse.Namespace) -> int:
             content.append({**asdict(case), "timings": [asdict(t) for t in timings], "unavailable": unavailable})
             if options.json:
                 save(options.json, content, settings)
-    note = "microseconds a call (median); the last five: how many times faster we are"
+    note = "median times of a call; the last five: how many times faster we are"
     title = f"codebook on {machine.machine()['cpu']}, our kernels: {machine.machine()['isa']}, 1 thread"
     Console().print(Table(title, COLUMNS, rows, [note]))
     return 0

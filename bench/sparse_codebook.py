@@ -26,7 +26,7 @@ from bench.run import density, guarded, positive
 from bench.timing import Contender, Reference, Settings, Timing, WrongResultError, interleave, local
 from slimtorch import nn as slim_nn
 from slimtorch.formats import Sparse, SparseCodebook
-from slimtorch.report import Table
+from slimtorch.report import Table, format_seconds
 from tests.problems import masked_matrix
 
 SIZES, ROWS, BITS, DENSITIES = (1024, 4096), (1, 16, 64, 256), (4, 5, 8), (0.2, 0.1, 0.05)
@@ -96,19 +96,19 @@ def measure(case: Case, weight: SparseCodebook, settings: Settings) -> tuple[lis
 
 
 def row(case: Case, size: float, timings: Sequence[Timing]) -> list[object]:
-    """Microseconds of everybody, our ratios, bytes per nonzero."""
+    """Times of everybody, our ratios, bytes per nonzero."""
     by_name = {timing.contender: timing.median for timing in timings}
     best = min(t.median for t in timings if t.role == "dense")
     times = [by_name["slimtorch"], by_name["slimtorch-sparse"], by_name["torch"], best]
     return [
-        f"{case.n}x{case.n} m{case.m} {100 * (1 - case.density):g} % {case.bits} bit",
-        *(round(t * 1e6) if t >= 1e-4 else round(t * 1e6, 1) for t in times),
+        f"{case.n}² m{case.m} {100 * (1 - case.density):g}% {case.bits}b",
+        *(format_seconds(t) for t in times),
         *(t / times[0] for t in times[1:]),
         size,
     ]
 
 
-COLUMNS = ["problem", "ours", "sparse", "torch", "dense", "/sparse", "/torch", "/dense", "bytes / nonzero"]
+COLUMNS = ["problem", "ours", "sparse", "torch", "dense", "/sparse", "/torch", "/dense", "bytes/nz"]
 
 
 def main() -> int:
@@ -144,7 +144,7 @@ def run(options: argparse.Namespace) -> int:
                         )
                     if options.json:
                         save(options.json, content, settings)
-    note = "microseconds a call (median); then how many times faster we are, and bytes in memory with the plan"
+    note = "median times of a call; then how many times faster we are, and bytes in memory with the plan"
     title = f"sparse codebook on {machine.machine()['cpu']}, our kernels: {machine.machine()['isa']}, 1 thread"
     Console().print(Table(title, COLUMNS, rows, [note]))
     return 0
