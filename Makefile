@@ -81,6 +81,9 @@ bench: $(BUILT) ## The full benchmarks, JSON into bench/results (hours; goes on 
 	@isa=$$($(BIN)/python -c 'import slimtorch; print(slimtorch._C.isa())'); \
 	for family in sparse block_sparse; do \
 	  $(BIN)/python -m bench.$$family --json bench/results/$$family-$$isa.json; \
+	done; \
+	for family in codebook sparse_codebook binary coding networks; do \
+	  $(BIN)/python -m bench.$$family --json bench/results/quantized/$$family-$$isa.json; \
 	done
 
 tables: $(BUILT) ## Tables and plots of README.md from bench/results

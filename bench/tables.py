@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import plots
+from bench import plots, quantized
 from bench.machine import ROOT
 from bench.results import RESULTS_DIR, Case, Results, load_all
 from bench.run import guarded
@@ -24,7 +24,13 @@ from bench.targets import outcomes
 from bench.timing import Timing
 from slimtorch.report import format_seconds
 
-SECTIONS = ("sparse", "block_sparse", "targets")  # what README may hold; targets only where it has the marker
+QUANTIZED = {
+    "quantized": quantized.section,
+    "deep-compression": quantized.deep_compression,
+    "binary-networks": quantized.binary_networks,
+}
+# What README may hold; targets and quantized ones only where it has the marker.
+SECTIONS = ("sparse", "block_sparse", "targets", *QUANTIZED)
 _END = "<!-- /bench -->"
 
 
@@ -144,6 +150,8 @@ def targets_summary(every: Sequence[Results]) -> str:
 
 def section(name: str, every: Sequence[Results], *, readme: Path, folder: Path) -> str:
     """What belongs between the markers of `name`; `folder` is where results, tables.md and plots are."""
+    if name in QUANTIZED:
+        return QUANTIZED[name](folder) or "No results are committed yet."
     chosen = [results for results in every if name in ("targets", results.benchmark)]
     if not chosen:
         return "No results are committed yet."
@@ -165,7 +173,7 @@ def fill(text: str, every: Sequence[Results], *, readme: Path, folder: Path) -> 
     for name in SECTIONS:
         begin = f"<!-- bench:{name} -->"
         found = text.count(begin)
-        if not found and (name == "targets" or not any(results.benchmark == name for results in every)):
+        if not found and (name in ("targets", *QUANTIZED) or not any(results.benchmark == name for results in every)):
             continue
         pattern = re.compile(re.escape(begin) + r"(?:(?!<!-- bench:).)*?" + re.escape(_END), re.DOTALL)
         if found != 1 or not pattern.search(text):
