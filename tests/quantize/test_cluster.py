@@ -474,3 +474,12 @@ def test_wrong_kinds_of_arguments_are_named(model: Small) -> None:
         slim.cluster_([model], KMeans())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="layer 'fc1': its weight is on the meta device"):
         slim.cluster_(Small().to("meta"), {"fc1": KMeans()})
+
+
+def test_one_bit_of_a_pruned_layer_means_two_values_beside_the_zero() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(40, 30)
+    slim.prune_(layer, slim.prune.Magnitude(sparsity=0.5))
+    slim.cluster_(layer, slim.quantize.KMeans(bits=1))
+    assert isinstance(layer, slim.nn.SparseCodebookLinear)
+    assert torch.unique(layer.weight.detach()).numel() == 3

@@ -236,7 +236,8 @@ def plan_format(weight: Tensor, config: ClusterConfig, masked: bool) -> tuple[bo
         return False, keep_zeros, dense
     entries = sparse_entries(weight)
     sparse = stream_bytes(entries, bits) + entries + 4 * (rows + 1) + tables
-    if config.format == "sparse_codebook" or sparse < dense:
+    # A table of two, one of them the zero, would leave a single value for all other weights.
+    if config.format == "sparse_codebook" or sparse < dense or bits == 1:
         return True, False, sparse
     return False, keep_zeros, dense
 
