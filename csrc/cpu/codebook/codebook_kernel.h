@@ -134,9 +134,10 @@ SLIM_INLINE void put(T value, T* out) {
 SLIM_INLINE void put(float value, bf16* out) { from_compute(value, out); }
 
 template <class T, class Lookup, class OUT>
-SLIM_NOINLINE void decode_run(const Lookup& lookup, const uint8_t* stream, int64_t n, int bits, const T* values,
+SLIM_NOINLINE void decode_run(const Lookup& given, const uint8_t* stream, int64_t n, int bits, const T* values,
                               OUT* out) {
   using V = typename Simd<T>::V;
+  const Lookup lookup = given;  // kept in registers: for all that is known, `out` might point to what is given
   constexpr int L = Simd<T>::kLanes, N = kStep / L;
   int64_t i = 0;
   for (; i + kStep <= n; i += kStep, stream += 4 * bits) {
@@ -178,10 +179,15 @@ void decode_rows(const Weight& w, int64_t row0, int64_t count, int64_t k0, int64
 
 // Sums of a run of n columns that share a table. x [M, pitch]: whole steps in the look-up's order, the rest as it is.
 template <class T, class Lookup, int M, int N>
-SLIM_NOINLINE void dot_run(const Lookup& lookup, const uint8_t* stream, int64_t n, int bits, const T* values,
-                           const T* x, int64_t pitch, Vec<T, N> (*sum)[4], T* rest) {
+SLIM_NOINLINE void dot_run(const Lookup& given, const uint8_t* stream, int64_t n, int bits, const T* values, const T* x,
+                           int64_t pitch, Vec<T, N> (*sums)[4], T* rest) {
   using V = Vec<T, N>;
   constexpr int kSets = M == 1 ? 4 : 2;
+  // Of this function's own, or every sum would go to memory and back: what it points to might be x.
+  const Lookup lookup = given;
+  V sum[M][kSets];
+  for (int m = 0; m < M; ++m)
+    for (int s = 0; s < kSets; ++s) sum[m][s] = sums[m][s];
   int64_t i = 0;
   for (; i + kStep <= n; i += kStep, stream += 4 * bits) {
     V w[kStep / N];
@@ -191,6 +197,8 @@ SLIM_NOINLINE void dot_run(const Lookup& lookup, const uint8_t* stream, int64_t 
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) sum[m][j % kSets] += w[j] * load<V>(x + m * pitch + i + j * N);
   }
+  for (int m = 0; m < M; ++m)
+    for (int s = 0; s < kSets; ++s) sums[m][s] = sum[m][s];
   for (int64_t j = 0; i < n; ++i, ++j) {
     const T w = values[code_at(stream, j, bits)];
     for (int m = 0; m < M; ++m) rest[m] += w * x[m * pitch + i];
