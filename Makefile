@@ -45,8 +45,8 @@ $(TOOLS): | $(BIN)/python
 $(BUILT): $(TOOLS) $(BUILD_FILES)
 	@command -v nvcc > /dev/null || echo "no nvcc found: building for the CPU only"
 	@echo "building slimtorch (some minutes)"
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation -Cbuild-dir=build/editable \
-	  -Ccmake.define.SLIM_EMULATED_AVX512=ON -e '.[test,experiments,lint]'
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation --config-settings=build-dir=build/editable \
+	  --config-settings=cmake.define.SLIM_EMULATED_AVX512=ON -e '.[test,experiments,lint]'
 	@touch $@
 
 build: $(BUILT) ## Make .venv and build the package in it, editable

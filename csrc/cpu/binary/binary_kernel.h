@@ -225,9 +225,9 @@ Columns lower(const Params& p, int64_t group, int64_t first, int64_t count, uint
 
 #if SLIM_LOOK_UP
 
-typedef char B16 __attribute__((vector_size(16), may_alias, aligned(1)));
-typedef char V32 __attribute__((vector_size(32), may_alias));
-typedef char B32 __attribute__((vector_size(32), may_alias, aligned(1)));  // anywhere in memory
+typedef uint8_t B16 __attribute__((vector_size(16), may_alias, aligned(1)));
+typedef uint8_t V32 __attribute__((vector_size(32), may_alias));
+typedef uint8_t B32 __attribute__((vector_size(32), may_alias, aligned(1)));  // anywhere in memory
 typedef uint16_t U16 __attribute__((vector_size(32), may_alias));
 typedef uint32_t U32 __attribute__((vector_size(32), may_alias, aligned(1)));
 
