@@ -48,8 +48,8 @@ STABLE_TORCH_LIBRARY(slimtorch, m) {
   m.def("binary_conv2d_from_bits(Tensor x, int channels, " SIGNS ", Tensor? bias, " GEOMETRY ", bool relu) -> Tensor");
   m.def("binary_linear_to_bits(Tensor x, int width, Tensor signs, Tensor? plan, Tensor thresholds, Tensor rising) "
         "-> Tensor");
-  m.def("binary_conv2d_to_bits(Tensor x, int channels, Tensor signs, Tensor? plan, Tensor thresholds, Tensor rising, "
-        GEOMETRY ") -> Tensor");
+  m.def("binary_conv2d_to_bits(Tensor x, int channels, Tensor signs, Tensor? plan, Tensor thresholds, Tensor "
+        "rising, " GEOMETRY ") -> Tensor");
   m.def("binary_scale_dots(Tensor dots, Tensor scale, Tensor? bias, bool relu) -> Tensor");
 
   SLIM_DEF("codebook_linear",

@@ -120,7 +120,7 @@ SLIM_INLINE void pack_pixels(const IO* x, int64_t plane, int64_t channels, uint8
   typedef decltype(V{} < V{}) M;
   M word{};
   for (int64_t c = channels; c-- > 0;) {
-    V v;
+    V v{};
     if constexpr (sizeof(IO) == sizeof(T))
       v = load<V>(x + c * plane);
     else
