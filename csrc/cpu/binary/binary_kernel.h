@@ -111,21 +111,25 @@ SLIM_INLINE void pack_row(const IO* x, int64_t k, uint8_t* out, int64_t bytes) {
   for (; b < bytes; ++b) out[b] = 0;
 }
 
+SLIM_INLINE uint32_t* unsigned_of(float) { return nullptr; }
+SLIM_INLINE uint64_t* unsigned_of(double) { return nullptr; }
+
 // Up to 32 channels of L neighbouring pixels, a word per pixel: the mask of a comparison is -1, so 2 * word - mask
 // appends its bit.
 template <class IO, int L>
 SLIM_INLINE void pack_pixels(const IO* x, int64_t plane, int64_t channels, uint8_t* out, int64_t pixel_stride) {
   using T = typename ComputeOf<IO>::type;
   using V = Vec<T, L>;
-  typedef decltype(V{} < V{}) M;
-  M word{};
+  // As wide as the mask, and unsigned: 32 bits fill it to the top.
+  using W = Vec<Pointee<decltype(unsigned_of(T{}))>, L>;
+  W word{};
   for (int64_t c = channels; c-- > 0;) {
     V v{};
     if constexpr (sizeof(IO) == sizeof(T))
       v = load<V>(x + c * plane);
     else
       for (int i = 0; i < L; ++i) v[i] = to_compute(x[c * plane + i]);
-    word = word + word - (v >= T(0));
+    word = word + word - W(v >= T(0));
   }
   const int64_t bytes = ceil_div(channels, 8);
   for (int i = 0; i < L; ++i) {
