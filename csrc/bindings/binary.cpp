@@ -9,22 +9,7 @@ namespace slim::binary {
 
 namespace {
 
-const Kernels& kernels() {
-  switch (isa()) {
-#ifdef SLIM_X86
-    case Isa::avx512:
-      return avx512_kernels();
-    case Isa::avx2:
-      return avx2_kernels();
-#endif
-#ifdef SLIM_EMULATED_AVX512
-    case Isa::avx512_emulated:
-      return avx512_emulated_kernels();
-#endif
-    default:
-      return scalar_kernels();
-  }
-}
+#include "bindings/kernels_in_use.inc"
 
 constexpr int64_t kSignKind = 0, kFloatKind = 1, kDoubleKind = 2;
 
@@ -54,8 +39,7 @@ class PlanHolder {
   PlanHolder(const std::optional<Tensor>& given, const Signs& signs, int64_t kind) {
     const Layout layout = layout_of(kind);
     if (given) {
-      STD_TORCH_CHECK(given->is_cpu() && given->is_contiguous() && given->scalar_type() == ScalarType::Byte,
-                      "plan: expected contiguous bytes made by binary_plan");
+      check_plan(*given, "binary_plan");
       STD_TORCH_CHECK(view_plan(given->const_data_ptr(), given->numel(), signs, layout, &plan_),
                       "plan: made for a matrix of other sizes, or for another kernel");
       return;

@@ -9,22 +9,7 @@ namespace slim::block_sparse {
 
 namespace {
 
-const Kernels& kernels() {
-  switch (isa()) {
-#ifdef SLIM_X86
-    case Isa::avx512:
-      return avx512_kernels();
-    case Isa::avx2:
-      return avx2_kernels();
-#endif
-#ifdef SLIM_EMULATED_AVX512
-    case Isa::avx512_emulated:
-      return avx512_emulated_kernels();
-#endif
-    default:
-      return scalar_kernels();
-  }
-}
+#include "bindings/kernels_in_use.inc"
 
 Bsr bsr_of(const Tensor& columns, const Tensor& row_offsets, int64_t rows, int64_t width, int64_t r, int64_t c,
            int64_t groups) {
@@ -56,8 +41,7 @@ class PlanHolder {
  public:
   PlanHolder(const std::optional<Tensor>& given, const Bsr& bsr, int64_t taps, bool transposed) {
     if (given) {
-      STD_TORCH_CHECK(given->is_cpu() && given->is_contiguous() && given->scalar_type() == ScalarType::Byte,
-                      "plan: expected contiguous bytes made by block_sparse_plan");
+      check_plan(*given, "block_sparse_plan");
       STD_TORCH_CHECK(view_plan(given->const_data_ptr(), given->numel(), bsr, transposed, &plan_),
                       "plan: made for a matrix of other sizes");
       return;

@@ -9,22 +9,7 @@ namespace slim::codebook {
 
 namespace {
 
-const Kernels& kernels() {
-  switch (isa()) {
-#ifdef SLIM_X86
-    case Isa::avx512:
-      return avx512_kernels();
-    case Isa::avx2:
-      return avx2_kernels();
-#endif
-#ifdef SLIM_EMULATED_AVX512
-    case Isa::avx512_emulated:
-      return avx512_emulated_kernels();
-#endif
-    default:
-      return scalar_kernels();
-  }
-}
+#include "bindings/kernels_in_use.inc"
 
 // Every index of `bits` bits is one that a table has, so sizes are all there is to check. `codebook` may be missing
 // where only the positions are needed.

@@ -46,6 +46,12 @@ inline const int32_t* int32_data(const Tensor& t, const char* name) {
   return static_cast<const int32_t*>(t.const_data_ptr());
 }
 
+// Of a plan that a caller gives: bytes on the CPU, as the operator `maker` makes them.
+inline void check_plan(const Tensor& plan, const char* maker) {
+  STD_TORCH_CHECK(plan.is_cpu() && plan.is_contiguous() && plan.scalar_type() == ScalarType::Byte,
+                  "plan: expected contiguous bytes made by ", maker);
+}
+
 // The operator of this name dispatches even where there is nothing to do.
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 

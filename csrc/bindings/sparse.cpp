@@ -9,22 +9,7 @@ namespace slim::sparse {
 
 namespace {
 
-const Kernels& kernels() {
-  switch (isa()) {
-#ifdef SLIM_X86
-    case Isa::avx512:
-      return avx512_kernels();
-    case Isa::avx2:
-      return avx2_kernels();
-#endif
-#ifdef SLIM_EMULATED_AVX512
-    case Isa::avx512_emulated:
-      return avx512_emulated_kernels();
-#endif
-    default:
-      return scalar_kernels();
-  }
-}
+#include "bindings/kernels_in_use.inc"
 
 Csr csr_of(const Tensor& columns, const Tensor& row_offsets, int64_t width, int64_t groups) {
   Csr csr{int32_data(columns, "columns"),
@@ -46,8 +31,7 @@ class PlanHolder {
     const int64_t rows = transposed ? csr.width * csr.groups : csr.rows;
     const int64_t width = transposed ? csr.rows : csr.width * csr.groups;
     if (given) {
-      STD_TORCH_CHECK(given->is_cpu() && given->is_contiguous() && given->scalar_type() == ScalarType::Byte,
-                      "plan: expected contiguous bytes made by sparse_plan");
+      check_plan(*given, "sparse_plan");
       STD_TORCH_CHECK(view_plan(given->const_data_ptr(), given->numel(), rows, width, csr.nnz, transposed, &plan_),
                       "plan: made for a matrix of other sizes");
       return;

@@ -9,22 +9,7 @@ namespace slim::sparse_codebook {
 
 namespace {
 
-const Kernels& kernels() {
-  switch (isa()) {
-#ifdef SLIM_X86
-    case Isa::avx512:
-      return avx512_kernels();
-    case Isa::avx2:
-      return avx2_kernels();
-#endif
-#ifdef SLIM_EMULATED_AVX512
-    case Isa::avx512_emulated:
-      return avx512_emulated_kernels();
-#endif
-    default:
-      return scalar_kernels();
-  }
-}
+#include "bindings/kernels_in_use.inc"
 
 const uint8_t* bytes_of(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Byte && t.dim() == 1 && t.is_contiguous(), name,
@@ -74,8 +59,7 @@ class PlanHolder {
  public:
   PlanHolder(const std::optional<Tensor>& given, const Weight& w, int64_t taps) {
     if (given) {
-      STD_TORCH_CHECK(given->is_cpu() && given->is_contiguous() && given->scalar_type() == ScalarType::Byte,
-                      "plan: expected contiguous bytes made by sparse_codebook_plan");
+      check_plan(*given, "sparse_codebook_plan");
       STD_TORCH_CHECK(view_plan(given->const_data_ptr(), given->numel(), w, &plan_),
                       "plan: made for a matrix of other sizes");
       return;
