@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from slimtorch import _select
+from slimtorch import _select, reference
 from slimtorch.formats import Binary, BlockSparse, Codebook, Format, Sparse, SparseCodebook
 from slimtorch.formats._common import matrix_shape
 from slimtorch.formats.block_sparse import check_block_size
@@ -519,14 +519,14 @@ class _SignsLinear(nn.Linear):
     """A dense layer over the signs of its input: what a binarised layer is without packed bits. For races only."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(torch.where(input >= 0, 1.0, -1.0).to(input.dtype))
+        return super().forward(reference.signs(input))
 
 
 class _SignsConv2d(nn.Conv2d):
     """As :class:`_SignsLinear`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(torch.where(input >= 0, 1.0, -1.0).to(input.dtype))
+        return super().forward(reference.signs(input))
 
 
 def _plain_twin(module: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:

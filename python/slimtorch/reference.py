@@ -37,16 +37,20 @@ def conv2d(
     return y.relu() if relu else y
 
 
+def signs(x: Tensor) -> Tensor:
+    """+1 where ``x >= 0``, else -1 (NaN included), without a gradient."""
+    return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+
+
 def binarize(x: Tensor) -> Tensor:
     """+1 where ``x >= 0``, else -1 (NaN included); the gradient passes straight through where ``|x| <= 1``.
 
     Courbariaux et al. 2016 (arXiv 1602.02830), equations 1 and 4.
     """
-    signs = torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
     if not x.requires_grad:
-        return signs
+        return signs(x)
     clipped = x.nan_to_num(0).clamp(-1, 1)  # its gradient is the straight-through estimator's
-    return clipped + (signs - clipped).detach()
+    return clipped + (signs(x) - clipped).detach()
 
 
 def pack_signs(x: Tensor) -> Tensor:

@@ -12,6 +12,13 @@ from torch import Tensor
 INDEX_LIMIT = 2**31 - 1
 
 
+class WithPlans:
+    """A format that keeps execution plans beside its tensors, in ``_plans``: they are never copied or saved."""
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_plans": {}}
+
+
 def check_dense(dense: Tensor) -> None:
     """Refuse anything that is not a finite-or-infinite float weight of a linear (2-D) or conv2d (4-D) layer."""
     if not isinstance(dense, Tensor):

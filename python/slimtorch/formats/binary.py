@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from slimtorch.formats._bits import check_stream, pack_bits, stream_bytes, unpack_bits
-from slimtorch.formats._common import INDEX_LIMIT, check_dense, matrix_shape
+from slimtorch.formats._common import INDEX_LIMIT, WithPlans, check_dense, matrix_shape
 
 
 @dataclass(eq=False)
-class Binary:
+class Binary(WithPlans):
     """A linear or conv2d weight as signs and a scale per row, seen as a matrix ``[out, prod(rest)]``.
 
     Args:
@@ -111,7 +111,3 @@ class Binary:
                     self.signs, self.shape[0], self.shape[1], kernel, groups, 0 if binarize_input else 1
                 )
         return self._plans[key]
-
-    def __getstate__(self) -> dict[str, object]:
-        """Plans are never copied or saved."""
-        return {**self.__dict__, "_plans": {}}

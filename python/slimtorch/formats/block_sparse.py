@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slimtorch.formats._common import INDEX_LIMIT, check_columns, check_dense, check_offsets, matrix_shape
+from slimtorch.formats._common import INDEX_LIMIT, WithPlans, check_columns, check_dense, check_offsets, matrix_shape
 
 MAX_BLOCK = 1024
 
@@ -27,7 +27,7 @@ def check_block_size(block_size: tuple[int, int]) -> tuple[int, int]:
 
 
 @dataclass(eq=False)
-class BlockSparse:
+class BlockSparse(WithPlans):
     """The nonzero blocks of a linear or conv2d weight, seen as a matrix ``[out, prod(rest)]``.
 
     Blocks on the right and lower edge of a matrix that the block size does not divide are padded with zeros.
@@ -149,7 +149,3 @@ class BlockSparse:
                     self.block_columns, self.block_row_offsets, self.block_size, rows, width, groups, taps, transposed
                 )
         return self._plans[key]
-
-    def __getstate__(self) -> dict[str, object]:
-        """Plans are never copied or saved."""
-        return {**self.__dict__, "_plans": {}}

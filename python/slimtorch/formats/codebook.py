@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from slimtorch.formats._bits import check_stream, pack_bits, stream_bytes, unpack_bits
-from slimtorch.formats._common import INDEX_LIMIT, check_dense, matrix_shape
+from slimtorch.formats._common import INDEX_LIMIT, WithPlans, check_dense, matrix_shape
 
 GroupSize = int | Literal["row"] | None
 
@@ -48,6 +48,15 @@ def table_count(shape: tuple[int, ...], group_size: GroupSize) -> int:
     return rows if group_size == "row" else -(-width // group_size)
 
 
+def check_tables(codebook: Tensor, shape: tuple[int, ...], bits: int, group_size: GroupSize) -> None:
+    """Tables of a floating-point dtype, as many and as large as a weight of ``shape`` needs."""
+    if not codebook.is_floating_point():
+        raise TypeError(f"codebook: expected a floating-point tensor, got {codebook.dtype}")
+    wanted = (table_count(shape, group_size), 1 << bits)
+    if codebook.shape != wanted:
+        raise ValueError(f"codebook: expected shape {list(wanted)}, got {list(codebook.shape)}")
+
+
 def table_of(row: Tensor, column: Tensor, group_size: GroupSize) -> Tensor:
     """Table of each weight, from its row and column (int64, broadcast together)."""
     if group_size is None:
@@ -76,14 +85,14 @@ def cluster(
     ends = torch.cumsum(torch.bincount(tables, minlength=count), 0).tolist()
     start = 0
     for table, end in enumerate(ends):
-        members = slice(start, end) if order is None else order[start:end]
+        members: slice | Tensor = slice(start, end) if order is None else order[start:end]
         start = end
         own = values[members]
         room = entries
         if zero:
             nonzero = own != 0
             room -= 1
-            members = (nonzero.nonzero()[:, 0] + 0) if order is None else order[end - own.numel() : end][nonzero]
+            members = nonzero.nonzero()[:, 0] if isinstance(members, slice) else members[nonzero]
             own = own[nonzero]
         if own.numel() == 0:
             continue
@@ -146,7 +155,7 @@ def nearest(values: Tensor, centroids: Tensor) -> Tensor:
 
 
 @dataclass(eq=False)
-class Codebook:
+class Codebook(WithPlans):
     """A linear or conv2d weight as indices into tables, seen as a matrix ``[out, prod(rest)]``.
 
     Args:
@@ -223,11 +232,7 @@ class Codebook:
         check_group_size(self.group_size, None if rows * width == 0 else width)
         if rows * width > INDEX_LIMIT:
             raise ValueError(f"shape: expected fewer than 2**31 weights, got {rows * width}")
-        if not self.codebook.is_floating_point():
-            raise TypeError(f"codebook: expected a floating-point tensor, got {self.codebook.dtype}")
-        wanted = (table_count(self.shape, self.group_size), 1 << self.bits)
-        if self.codebook.shape != wanted:
-            raise ValueError(f"codebook: expected shape {list(wanted)}, got {list(self.codebook.shape)}")
+        check_tables(self.codebook, self.shape, self.bits, self.group_size)
         check_stream("codes", self.codes, rows * width, self.bits)
         return self
 
@@ -261,7 +266,3 @@ class Codebook:
     def density(self) -> float:
         """Stored entries over entries of the dense weight: 1."""
         return 1.0
-
-    def __getstate__(self) -> dict[str, object]:
-        """Plans are never copied or saved."""
-        return {**self.__dict__, "_plans": {}}

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from slimtorch.formats._common import INDEX_LIMIT, check_columns, check_dense, check_offsets, matrix_shape
+from slimtorch.formats._common import INDEX_LIMIT, WithPlans, check_columns, check_dense, check_offsets, matrix_shape
 
 
 @dataclass(eq=False)
-class Sparse:
+class Sparse(WithPlans):
     """The nonzero weights of a linear or conv2d layer as compressed sparse rows (CSR).
 
     Args:
@@ -148,7 +148,3 @@ class Sparse:
             packed = torch.ops.slimtorch.sparse_pack_values(values.detach(), plan)
         plan.slimtorch_packed = (values.detach(), values._version, packed)  # type: ignore[attr-defined]
         return packed
-
-    def __getstate__(self) -> dict[str, object]:
-        """Plans are never copied or saved."""
-        return {**self.__dict__, "_plans": {}}

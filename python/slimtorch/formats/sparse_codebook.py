@@ -10,15 +10,23 @@ import torch
 from torch import Tensor
 
 from slimtorch.formats._bits import check_stream, pack_bits, stream_bytes, unpack_bits
-from slimtorch.formats._common import INDEX_LIMIT, check_dense, check_offsets, matrix_shape
-from slimtorch.formats.codebook import GroupSize, check_bits, check_group_size, cluster, table_count, table_of
+from slimtorch.formats._common import INDEX_LIMIT, WithPlans, check_dense, check_offsets, matrix_shape
+from slimtorch.formats.codebook import (
+    GroupSize,
+    check_bits,
+    check_group_size,
+    check_tables,
+    cluster,
+    table_count,
+    table_of,
+)
 from slimtorch.formats.sparse import Sparse
 
 SKIP = 255
 
 
 @dataclass(eq=False)
-class SparseCodebook:
+class SparseCodebook(WithPlans):
     """The nonzero weights of a linear or conv2d layer, each as a gap to the one before and an index into a table.
 
     A row is walked from column -1. An entry with a gap below 255 moves on by ``gap + 1`` columns, and its weight stands
@@ -128,11 +136,7 @@ class SparseCodebook:
         check_bits(self.bits)
         rows, width = matrix_shape(self.shape)
         check_group_size(self.group_size, None if rows * width == 0 else width)
-        if not self.codebook.is_floating_point():
-            raise TypeError(f"codebook: expected a floating-point tensor, got {self.codebook.dtype}")
-        wanted = (table_count(self.shape, self.group_size), 1 << self.bits)
-        if self.codebook.shape != wanted:
-            raise ValueError(f"codebook: expected shape {list(wanted)}, got {list(self.codebook.shape)}")
+        check_tables(self.codebook, self.shape, self.bits, self.group_size)
         if self.gaps.dim() != 1 or self.gaps.dtype != torch.uint8:
             raise TypeError(f"gaps: expected a 1-D uint8 tensor, got {self.gaps.dtype} {list(self.gaps.shape)}")
         entries = self.gaps.numel()
@@ -237,7 +241,3 @@ class SparseCodebook:
                 self._plans["csr"] = Sparse(torch.zeros(()).expand(columns.shape), columns, offsets, self.shape)
         csr: Sparse = self._plans["csr"]
         return csr
-
-    def __getstate__(self) -> dict[str, object]:
-        """Plans are never copied or saved."""
-        return {**self.__dict__, "_plans": {}}

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimtorch.formats import BlockSparse, Format, Sparse
@@ -24,6 +25,7 @@ from slimtorch.ops._common import Activation, Pair, relu_flag
 
 Plans = dict[tuple[int, bool], Tensor]
 Twin = TypeVar("Twin", nn.Linear, nn.Conv2d)
+Layer = TypeVar("Layer", bound="PackedLayer")
 
 
 class PackedLayer(nn.Module):
@@ -66,6 +68,16 @@ class PackedLayer(nn.Module):
             self.register_buffer(name, getattr(weight, name))
         self.register_buffer("weight_shape", torch.tensor(self._shape, dtype=torch.int64, device=values.device))
         self.training = twin.training
+
+    @classmethod
+    def from_format(
+        cls: type[Layer], module: nn.Linear | nn.Conv2d, weight: Format, *, activation: Activation = None
+    ) -> Layer:
+        """As ``from_dense``, with the weight already packed; the layer shares the format's tensors."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._adopt(module, weight, activation)
+        return layer
 
     # ---- the format ----
 
@@ -330,6 +342,10 @@ class PackedConv2d(PackedLayer):
             self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
             self.groups, self.bias is not None, device=device, dtype=dtype,
         )  # fmt: skip
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """``x`` with the zeros that the operator cannot add: those of an axis whose sides differ."""
+        return x if self._extra is None else F.pad(x, self._extra)
 
     def _geometry(self) -> str:
         return (

@@ -6,12 +6,12 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimtorch import ops
-from slimtorch.formats import Binary
+from slimtorch.formats import Binary, Format
 from slimtorch.nn._packed import (
+    Layer,
     PackedConv2d,
     PackedLayer,
     PackedLinear,
@@ -32,8 +32,24 @@ class _BinaryLayer(PackedLayer):
     binarize_input: bool
     scaled: bool
 
+    @classmethod
+    def from_format(
+        cls: type[Layer],
+        module: nn.Linear | nn.Conv2d,
+        weight: Format,
+        *,
+        activation: Activation = None,
+        binarize_input: bool = True,
+        scale: bool = True,
+    ) -> Layer:
+        """As ``from_dense``, with the weight already packed; the layer shares the format's tensors."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        cast(_BinaryLayer, layer)._become(module, weight, activation, binarize_input, scale)
+        return layer
+
     def _become(
-        self, twin: nn.Linear | nn.Conv2d, weight: Binary, activation: Activation, binarize_input: bool, scaled: bool
+        self, twin: nn.Linear | nn.Conv2d, weight: Format, activation: Activation, binarize_input: bool, scaled: bool
     ) -> None:
         """As ``_adopt``. A layer without a scale of its own keeps ones, and does not train them."""
         self.binarize_input, self.scaled = binarize_input, scaled
@@ -114,22 +130,6 @@ class BinaryLinear(_BinaryLayer, PackedLinear):
             twin, Binary.pack(twin.weight, scale), binarize_input=binarize_input, scale=scale, activation=activation
         )
 
-    @classmethod
-    def from_format(
-        cls,
-        module: nn.Linear,
-        weight: Binary,
-        *,
-        binarize_input: bool = True,
-        scale: bool = True,
-        activation: Activation = None,
-    ) -> BinaryLinear:
-        """As :meth:`from_dense`, with the weight already packed; the layer shares the format's tensors."""
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer._become(module, weight, activation, binarize_input, scale)
-        return layer
-
     def forward(self, input: Tensor) -> Tensor:
         """``input [..., in_features]`` to ``[..., out_features]``."""
         return ops.binary_linear(
@@ -198,22 +198,6 @@ class BinaryConv2d(_BinaryLayer, PackedConv2d):
             twin, Binary.pack(twin.weight, scale), binarize_input=binarize_input, scale=scale, activation=activation
         )
 
-    @classmethod
-    def from_format(
-        cls,
-        module: nn.Conv2d,
-        weight: Binary,
-        *,
-        binarize_input: bool = True,
-        scale: bool = True,
-        activation: Activation = None,
-    ) -> BinaryConv2d:
-        """As :meth:`from_dense`, with the weight already packed; the layer shares the format's tensors."""
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer._become(module, weight, activation, binarize_input, scale)
-        return layer
-
     def forward(self, input: Tensor) -> Tensor:
         """``input [N, C, H, W]`` or ``[C, H, W]`` to the output of ``nn.Conv2d``."""
         x, sides, cut = input, self._sides, (0, 0)
@@ -221,8 +205,8 @@ class BinaryConv2d(_BinaryLayer, PackedConv2d):
             # Zeros that are there before the signs are taken would count as +1: the operator pads both sides alike.
             left, right, top, bottom = self._extra
             sides, cut = (bottom, right), (bottom - top, right - left)
-        elif self._extra is not None:
-            x = F.pad(input, self._extra)
+        else:
+            x = self._padded(input)
         y = ops.binary_conv2d(
             x, self.format, self.bias, self.stride, sides, self.dilation, self.groups,
             binarize_input=self.binarize_input, activation=self.activation,

@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimtorch import ops
@@ -92,14 +91,6 @@ class BlockSparseLinear(_BlockSparseLayer, PackedLinear):
         twin = check_linear(module)
         return cls.from_format(twin, BlockSparse.pack(twin.weight, block_size), activation=activation)
 
-    @classmethod
-    def from_format(cls, module: nn.Linear, weight: BlockSparse, *, activation: Activation = None) -> BlockSparseLinear:
-        """As :meth:`from_dense`, with the weight already packed; the layer shares the format's tensors."""
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer._adopt(module, weight, activation)
-        return layer
-
     def forward(self, input: Tensor) -> Tensor:
         """``input [..., in_features]`` to ``[..., out_features]``."""
         return ops.block_sparse_linear(input, self.format, self.bias, activation=self.activation)
@@ -161,17 +152,9 @@ class BlockSparseConv2d(_BlockSparseLayer, PackedConv2d):
         twin = check_conv2d(module)
         return cls.from_format(twin, BlockSparse.pack(twin.weight, block_size), activation=activation)
 
-    @classmethod
-    def from_format(cls, module: nn.Conv2d, weight: BlockSparse, *, activation: Activation = None) -> BlockSparseConv2d:
-        """As :meth:`from_dense`, with the weight already packed; the layer shares the format's tensors."""
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer._adopt(module, weight, activation)
-        return layer
-
     def forward(self, input: Tensor) -> Tensor:
         """``input [N, C, H, W]`` or ``[C, H, W]`` to the output of ``nn.Conv2d``."""
-        x = input if self._extra is None else F.pad(input, self._extra)
         return ops.block_sparse_conv2d(
-            x, self.format, self.bias, self.stride, self._sides, self.dilation, self.groups, activation=self.activation
-        )
+            self._padded(input), self.format, self.bias, self.stride, self._sides, self.dilation, self.groups,
+            activation=self.activation,
+        )  # fmt: skip

@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimtorch import ops
@@ -131,16 +130,6 @@ class SparseCodebookLinear(_SparseCodebookLayer, PackedLinear):
         twin = check_linear(module)
         return cls.from_format(twin, SparseCodebook.pack(twin.weight, bits, group_size), activation=activation)
 
-    @classmethod
-    def from_format(
-        cls, module: nn.Linear, weight: SparseCodebook, *, activation: Activation = None
-    ) -> SparseCodebookLinear:
-        """As :meth:`from_dense`, with the weight already packed; the layer shares the format's tensors."""
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer._adopt(module, weight, activation)
-        return layer
-
     def forward(self, input: Tensor) -> Tensor:
         """``input [..., in_features]`` to ``[..., out_features]``."""
         return ops.sparse_codebook_linear(input, self.format, self.bias, activation=self.activation)
@@ -208,19 +197,9 @@ class SparseCodebookConv2d(_SparseCodebookLayer, PackedConv2d):
         twin = check_conv2d(module)
         return cls.from_format(twin, SparseCodebook.pack(twin.weight, bits, group_size), activation=activation)
 
-    @classmethod
-    def from_format(
-        cls, module: nn.Conv2d, weight: SparseCodebook, *, activation: Activation = None
-    ) -> SparseCodebookConv2d:
-        """As :meth:`from_dense`, with the weight already packed; the layer shares the format's tensors."""
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer._adopt(module, weight, activation)
-        return layer
-
     def forward(self, input: Tensor) -> Tensor:
         """``input [N, C, H, W]`` or ``[C, H, W]`` to the output of ``nn.Conv2d``."""
-        x = input if self._extra is None else F.pad(input, self._extra)
         return ops.sparse_codebook_conv2d(
-            x, self.format, self.bias, self.stride, self._sides, self.dilation, self.groups, activation=self.activation
-        )
+            self._padded(input), self.format, self.bias, self.stride, self._sides, self.dilation, self.groups,
+            activation=self.activation,
+        )  # fmt: skip

@@ -94,6 +94,11 @@ def pair(name: str, value: int | Pair, minimum: int) -> Pair:
     return both[0], both[1]
 
 
+def geometry(stride: int | Pair, padding: int | Pair, dilation: int | Pair) -> tuple[Pair, Pair, Pair]:
+    """The three as pairs, checked."""
+    return pair("stride", stride, 1), pair("padding", padding, 0), pair("dilation", dilation, 1)
+
+
 def conv_output_size(size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
     """Height and width of a convolution's output (works on symbolic sizes too)."""
     height, width = ((size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2))
@@ -143,12 +148,21 @@ def masked_by_relu(grad: Tensor, output: Tensor | None) -> Tensor:
     return grad.contiguous() if output is None else torch.where(output <= 0, 0, grad).to(grad.dtype)
 
 
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What gradients of ``dtype`` are summed in: float32 or wider."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """``tensor``, of bfloat16 in float32: gradients of shared weights are summed before they are rounded."""
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+
+
 def sum_to_bias(grad: Tensor, dims: list[int]) -> Tensor:
     """Bias gradient: sum over everything but channels, in float32 or wider."""
     if not dims:  # torch would sum over everything
         return grad
-    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    return grad.sum(dim=dims, dtype=wide).to(grad.dtype)
+    return grad.sum(dim=dims, dtype=sum_dtype(grad.dtype)).to(grad.dtype)
 
 
 def save(ctx: Any, **tensors: Tensor | None) -> None:

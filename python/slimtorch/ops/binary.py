@@ -92,9 +92,7 @@ def binary_conv2d(
         ValueError: shapes or devices do not fit.
     """
     relu = common.relu_flag(activation)
-    stride, padding, dilation = (
-        common.pair("stride", stride, 1), common.pair("padding", padding, 0), common.pair("dilation", dilation, 1)
-    )  # fmt: skip
+    stride, padding, dilation = common.geometry(stride, padding, dilation)
     if common.is_inference(x, weight.scale, bias) and len(weight.shape) == 4 and x.dim() == 4:
         try:
             return _ops.binary_conv2d_inference(
@@ -323,11 +321,6 @@ def _signs(signs: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return Binary(signs, ones, shape).to_dense()
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Gradients are summed in float32 or wider."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, signs, scale, _, _, *geometry, binarize_input, relu = inputs
     needs_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
@@ -336,7 +329,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _binarized(ctx: Any, x: Tensor) -> Tensor:
-    wide = x.to(_wide(x.dtype))
+    wide = x.to(common.sum_dtype(x.dtype))
     return reference.binarize(wide.detach()) if ctx.binarize_input else wide
 
 
@@ -351,7 +344,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     t = common.saved(ctx)
     scale, x = t["scale"], t["x"]
     grad = common.masked_by_relu(grad, t["output"])
-    wide = grad.to(_wide(grad.dtype))
+    wide = grad.to(common.sum_dtype(grad.dtype))
     grad_x = grad_scale = grad_bias = None
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
         signs = _signs(t["signs"], (scale.shape[0], x.shape[-1]), wide.dtype)
@@ -374,7 +367,7 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     scale, x = t["scale"], t["x"]
     kernel, stride, padding, dilation, groups = ctx.geometry
     grad = common.masked_by_relu(grad, t["output"])
-    wide = grad.to(_wide(grad.dtype))
+    wide = grad.to(common.sum_dtype(grad.dtype))
     grad_x = grad_scale = grad_bias = None
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
         signs = _signs(t["signs"], (scale.shape[0], x.shape[1] // groups, *kernel), wide.dtype)

@@ -96,9 +96,7 @@ def block_sparse_conv2d(
         ValueError: shapes or devices do not fit.
     """
     relu = common.relu_flag(activation)
-    stride, padding, dilation = (
-        common.pair("stride", stride, 1), common.pair("padding", padding, 0), common.pair("dilation", dilation, 1)
-    )  # fmt: skip
+    stride, padding, dilation = common.geometry(stride, padding, dilation)
     if common.is_inference(x, weight.values, bias) and len(weight.shape) == 4 and x.dim() == 4:
         try:
             return _ops.block_sparse_conv2d_inference(

@@ -82,9 +82,7 @@ def codebook_conv2d(
         ValueError: shapes or devices do not fit.
     """
     relu = common.relu_flag(activation)
-    stride, padding, dilation = (
-        common.pair("stride", stride, 1), common.pair("padding", padding, 0), common.pair("dilation", dilation, 1)
-    )  # fmt: skip
+    stride, padding, dilation = common.geometry(stride, padding, dilation)
     if common.is_inference(x, weight.codebook, bias) and len(weight.shape) == 4 and x.dim() == 4:
         try:
             return _ops.codebook_conv2d_inference(
@@ -150,10 +148,6 @@ def _(grad_weight: Tensor, codes: Tensor, bits: int, group_size: int, zero: bool
 # decoded weight. bfloat16 goes through float32: each gradient is then rounded once.
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor, relu: bool) -> None:
     x, codebook, codes, rows, *tables = inputs[:7]
     common.save(
@@ -171,14 +165,14 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     t = common.saved(ctx)
     grad = common.masked_by_relu(grad, t["output"])
-    wide = _wide(grad)
+    wide = common.widened(grad)
     width = ctx.x_shape[-1]
     grad_x = grad_codebook = grad_bias = None
     if ctx.needs_input_grad[0]:
-        dense = _ops.codebook_decode(_wide(t["codebook"]), t["codes"], ctx.rows, width, *ctx.tables[:2])
+        dense = _ops.codebook_decode(common.widened(t["codebook"]), t["codes"], ctx.rows, width, *ctx.tables[:2])
         grad_x = (wide @ dense).to(grad.dtype)
     if ctx.needs_input_grad[1]:
-        dense = wide.reshape(-1, ctx.rows).t() @ _wide(t["x"]).reshape(-1, width)
+        dense = wide.reshape(-1, ctx.rows).t() @ common.widened(t["x"]).reshape(-1, width)
         grad_codebook = _ops.codebook_sum_members(dense, t["codes"], *ctx.tables).to(grad.dtype)
     if ctx.needs_input_grad[7]:
         grad_bias = common.sum_to_bias(grad, list(range(grad.dim() - 1)))
@@ -197,7 +191,7 @@ def _conv2d_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     t = common.saved(ctx)
     grad = common.masked_by_relu(grad, t["output"])
-    wide = _wide(grad)
+    wide = common.widened(grad)
     shape = [ctx.rows, ctx.x_shape[1] // ctx.groups, *ctx.kernel]
     width = shape[1] * shape[2] * shape[3]
 
@@ -209,10 +203,10 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
     grad_x = grad_codebook = grad_bias = None
     if ctx.needs_input_grad[0]:
-        dense = _ops.codebook_decode(_wide(t["codebook"]), t["codes"], ctx.rows, width, *ctx.tables[:2])
+        dense = _ops.codebook_decode(common.widened(t["codebook"]), t["codes"], ctx.rows, width, *ctx.tables[:2])
         grad_x = gradient(wide.new_empty(ctx.x_shape), dense.view(shape), 0).to(grad.dtype)
     if ctx.needs_input_grad[1]:
-        dense = gradient(_wide(t["x"]), wide.new_empty(shape), 1).reshape(ctx.rows, width)
+        dense = gradient(common.widened(t["x"]), wide.new_empty(shape), 1).reshape(ctx.rows, width)
         grad_codebook = _ops.codebook_sum_members(dense, t["codes"], *ctx.tables).to(grad.dtype)
     if ctx.needs_input_grad[7]:
         grad_bias = common.sum_to_bias(grad, [0, 2, 3])

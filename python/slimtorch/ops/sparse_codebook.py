@@ -89,9 +89,7 @@ def sparse_codebook_conv2d(
         ValueError: shapes or devices do not fit.
     """
     relu = common.relu_flag(activation)
-    stride, padding, dilation = (
-        common.pair("stride", stride, 1), common.pair("padding", padding, 0), common.pair("dilation", dilation, 1)
-    )  # fmt: skip
+    stride, padding, dilation = common.geometry(stride, padding, dilation)
     if common.is_inference(x, weight.codebook, bias) and len(weight.shape) == 4 and x.dim() == 4:
         try:
             return _ops.sparse_codebook_conv2d_inference(
@@ -222,11 +220,6 @@ def _positions(t: dict[str, Tensor], width: int) -> tuple[Tensor, Tensor]:
     return t["columns"], t["offsets"]
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """Gradients of single weights are summed before they are rounded, so bfloat16 is widened."""
-    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-
-
 @once_differentiable  # the gradient operators have no gradients of their own
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     t = common.saved(ctx)
@@ -239,7 +232,9 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values = _ops.sparse_codebook_decode(*stored, columns, width, ctx.bits, ctx.group_size)
         grad_x = _ops.sparse_linear_grad_input(grad, values, columns, offsets, t["backward_plan"], width)
     if ctx.needs_input_grad[1]:
-        grad_values = _ops.sparse_linear_grad_values(_wide(grad), _wide(t["x"]), columns, offsets, t["forward_plan"])
+        grad_values = _ops.sparse_linear_grad_values(
+            common.widened(grad), common.widened(t["x"]), columns, offsets, t["forward_plan"]
+        )
         grad_codebook = _ops.sparse_codebook_sum_members(grad_values, *stored, width, ctx.bits, ctx.group_size)
     if ctx.needs_input_grad[12]:
         grad_bias = common.sum_to_bias(grad, list(range(grad.dim() - 1)))
@@ -266,7 +261,7 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = common.fold_columns(lowered, ctx.shape[2:], *ctx.geometry).to(grad.dtype)
     if ctx.needs_input_grad[1]:
         grad_values = _ops.sparse_conv2d_grad_values(
-            _wide(grad), _wide(t["x"]), columns, offsets, t["forward_plan"], *ctx.geometry, ctx.groups
+            common.widened(grad), common.widened(t["x"]), columns, offsets, t["forward_plan"], *ctx.geometry, ctx.groups
         )
         grad_codebook = _ops.sparse_codebook_sum_members(grad_values, *stored, width, ctx.bits, ctx.group_size)
     if ctx.needs_input_grad[12]:

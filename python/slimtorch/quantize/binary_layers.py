@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from slimtorch.formats import Binary
 from slimtorch.nn import BinaryConv2d, BinaryLinear
+from slimtorch.reference import signs
 
 Ends = Literal["binary", "real"]
 
@@ -135,16 +136,12 @@ def _check_fields(config: Method) -> None:
 # --- signs and their gradients --------------------------------------------------------------------------------------
 
 
-def _signs(x: Tensor) -> Tensor:
-    return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
-
-
 class _SignOfActivation(torch.autograd.Function):
     """sign(x), sign(0) = +1; the gradient passes where |x| <= 1."""
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        return _signs(x)
+        return signs(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -161,7 +158,7 @@ class _SignOfWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor) -> Tensor:
-        return _signs(weight)
+        return signs(weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -195,7 +192,7 @@ class _ScaledSignOfWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor) -> Tensor:
-        return _mean_magnitude(weight) * _signs(weight)
+        return _mean_magnitude(weight) * signs(weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
