@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import datetime
-import json
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -235,7 +233,7 @@ def run(options: argparse.Namespace) -> int:
                 }
             )  # fmt: skip
             if options.json:
-                save(options.json, content, settings, found)
+                machine.save(options.json, "binary", content, settings=asdict(settings), popcount_roof_gops=found)
     notes = [
         "microseconds a call (median); the last three: how many times faster we are",
         f"popcount roof, GOP/s: {', '.join(f'{k} {v:.0f}' for k, v in found.items()) or 'no C compiler'}",
@@ -243,22 +241,6 @@ def run(options: argparse.Namespace) -> int:
     title = f"binary on {machine.machine()['cpu']}, our kernels: {machine.machine()['isa']}, 1 thread"
     Console().print(Table(title, COLUMNS, rows, notes))
     return 0
-
-
-def save(path: Path, cases: list[dict[str, Any]], settings: Settings, roof: dict[str, float]) -> None:
-    content = {
-        "benchmark": "binary",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine.machine(),
-        "versions": machine.versions(),
-        "source": machine.source(),
-        "settings": asdict(settings),
-        "threads": 1,
-        "popcount_roof_gops": roof,
-        "cases": cases,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

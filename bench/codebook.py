@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
-import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -258,26 +256,11 @@ def run(options: argparse.Namespace) -> int:
             print(*rows[-1][:4], flush=True) if options.json else None
             content.append({**asdict(case), "timings": [asdict(t) for t in timings], "unavailable": unavailable})
             if options.json:
-                save(options.json, content, settings)
+                machine.save(options.json, "codebook", content, settings=asdict(settings))
     note = "median times of a call; the last five: how many times faster we are"
     title = f"codebook on {machine.machine()['cpu']}, our kernels: {machine.machine()['isa']}, 1 thread"
     Console().print(Table(title, COLUMNS, rows, [note]))
     return 0
-
-
-def save(path: Path, cases: list[dict[str, Any]], settings: Settings) -> None:
-    content = {
-        "benchmark": "codebook",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine.machine(),
-        "versions": machine.versions(),
-        "source": machine.source(),
-        "settings": asdict(settings),
-        "threads": 1,
-        "cases": cases,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

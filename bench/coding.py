@@ -8,8 +8,6 @@ many iterations as :data:`ITERATIONS`, we run once with as many and once to the 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -135,17 +133,7 @@ def main() -> int:
     table = Table("k-means and Huffman codes", ["", "median s", "best s", "M/s", "entropy / bits"], rows)
     Console().print(table)
     if options.json:
-        content = {
-            "benchmark": "coding",
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "machine": machine.machine(),
-            "versions": machine.versions(),
-            "source": machine.source(),
-            "threads": 1,
-            "cases": cases,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        machine.save(options.json, "coding", cases)
     return 0
 
 

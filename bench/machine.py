@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import hashlib
+import json
 import os
 import platform
 import re
@@ -16,6 +18,7 @@ import torch
 
 import slimtorch
 from slimtorch import _C
+from slimtorch.experiments.store import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -96,6 +99,22 @@ def source() -> dict[str, object]:
     commit = _git("rev-parse", "HEAD")
     status = _git("status", "--porcelain", "--", *_TIMED_SOURCE)
     return {"commit": commit, "modified": None if commit is None else bool(status), "digest": source_digest()}
+
+
+def save(path: Path, benchmark: str, cases: Sequence[object], **facts: object) -> None:
+    """Write what a benchmark of quantized weights measured, on what, and further ``facts``, atomically."""
+    content = {
+        "benchmark": benchmark,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": versions(),
+        "source": source(),
+        **facts,
+        "threads": 1,
+        "cases": cases,
+    }
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 @contextlib.contextmanager

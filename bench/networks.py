@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -160,24 +158,9 @@ def run(options: argparse.Namespace) -> int:
             for shape in network.inputs:
                 cases.append(measure(network, shape, options.samples or (5 if options.quick else 15)))
                 if options.json:
-                    save(options.json, cases)
+                    machine.save(options.json, "networks", cases)
     Console().print(table(cases))
     return 0
-
-
-def save(path: Path, cases: list[dict[str, Any]]) -> None:
-    """Write what was measured, and on what."""
-    content = {
-        "benchmark": "networks",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine.machine(),
-        "versions": machine.versions(),
-        "source": machine.source(),
-        "threads": 1,
-        "cases": cases,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

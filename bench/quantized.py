@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.markdown import markdown, ratio
 from slimtorch.report import format_bytes, format_seconds
 
 Json = dict[str, Any]
@@ -23,19 +24,6 @@ def load(folder: Path, benchmark: str) -> list[Json]:
     files = sorted((folder / "quantized").glob("*.json"))
     contents = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     return [content for content in contents if content["benchmark"] == benchmark]
-
-
-def ratio(value: float | None) -> str:
-    """`0.53`, `4.7`, `12`, or a dash."""
-    if value is None:
-        return "–"
-    return f"{value:.2f}" if value < 0.995 else f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
-
-
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def medians(case: Json) -> dict[str, float]:

@@ -8,8 +8,6 @@ and contenders take turns. Beside the times stand the bytes a nonzero takes in m
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -143,26 +141,11 @@ def run(options: argparse.Namespace) -> int:
                             {**asdict(case), "bytes_per_nonzero": size, "timings": timed, "unavailable": unavailable}
                         )
                     if options.json:
-                        save(options.json, content, settings)
+                        machine.save(options.json, "sparse_codebook", content, settings=asdict(settings))
     note = "median times of a call; then how many times faster we are, and bytes in memory with the plan"
     title = f"sparse codebook on {machine.machine()['cpu']}, our kernels: {machine.machine()['isa']}, 1 thread"
     Console().print(Table(title, COLUMNS, rows, [note]))
     return 0
-
-
-def save(path: Path, cases: list[dict[str, Any]], settings: Settings) -> None:
-    content = {
-        "benchmark": "sparse_codebook",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine.machine(),
-        "versions": machine.versions(),
-        "source": machine.source(),
-        "settings": asdict(settings),
-        "threads": 1,
-        "cases": cases,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

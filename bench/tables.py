@@ -18,6 +18,7 @@ from pathlib import Path
 
 from bench import plots, quantized
 from bench.machine import ROOT
+from bench.markdown import markdown, ratio
 from bench.results import RESULTS_DIR, Case, Results, load_all
 from bench.run import guarded
 from bench.targets import outcomes
@@ -32,18 +33,6 @@ QUANTIZED = {
 # What README may hold; targets and quantized ones only where it has the marker.
 SECTIONS = ("sparse", "block_sparse", "targets", *QUANTIZED)
 _END = "<!-- /bench -->"
-
-
-def ratio(value: float | None) -> str:
-    """`0.53`, `4.7`, `12`, or a dash where nothing was measured."""
-    if value is None:
-        return "–"
-    return f"{value:.2f}" if value < 0.995 else f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
-
-
-def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def _setup(results: Results) -> str:
@@ -124,7 +113,7 @@ def summary(results: Results) -> str:
             for name, line in lines.items()
         ]
         parts.append(f"Times faster than {rivals}{scope}; {dtype}, {_threads(threads)}:")
-        parts.append(_markdown(columns, rows))
+        parts.append(markdown(columns, rows))
     return "\n\n".join(parts)
 
 
@@ -144,7 +133,7 @@ def targets_summary(every: Sequence[Results]) -> str:
             for outcome in outcomes(results)
         ]
         columns = ["target", "wanted", "reached", "in the case furthest behind", "cases met", "verdict"]
-        parts.append(f"{_setup(results)}.\n\n{_markdown(columns, rows)}")
+        parts.append(f"{_setup(results)}.\n\n{markdown(columns, rows)}")
     return "\n\n".join(parts)
 
 
@@ -207,7 +196,7 @@ def full(every: Sequence[Results]) -> str:
                 for case in cases
             ]
             parts.append(f"### {dtype}, {_threads(threads)}")
-            parts.append(_markdown(["layer", *blocks, "zero", *contenders], rows))
+            parts.append(markdown(["layer", *blocks, "zero", *contenders], rows))
         reasons = {name: reason for case in results.cases for name, reason in case.unavailable.items()}
         if reasons:
             parts.append("\n".join(f"- not everywhere: {name}: {reason}" for name, reason in sorted(reasons.items())))

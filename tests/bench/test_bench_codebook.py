@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import codebook
+from bench import codebook, machine
 from bench.timing import Settings, WrongResultError
 
 QUICK = Settings(1, 1e-6)
@@ -37,10 +38,11 @@ def test_writes_what_it_measured(tmp_path: Path) -> None:
     case = codebook.Case(2, 128, 2, "float32", "row")
     with torch.inference_mode():
         timings, _ = codebook.measure(case, QUICK, {}, {1: Path(), 4: Path()})
-    codebook.save(tmp_path / "out" / "codebook.json", [{"m": 2, "timings": len(timings)}], QUICK)
-    content = json.loads((tmp_path / "out" / "codebook.json").read_text(encoding="utf-8"))
+    path, cases = tmp_path / "out" / "codebook.json", [{"m": 2, "timings": len(timings)}]
+    machine.save(path, "codebook", cases, settings=asdict(QUICK))
+    content = json.loads(path.read_text(encoding="utf-8"))
     assert content["benchmark"] == "codebook"
-    assert content["cases"] == [{"m": 2, "timings": len(timings)}]
+    assert content["cases"] == cases
 
 
 @pytest.mark.parametrize(("text", "value"), [("none", None), ("row", "row"), ("32", 32)])
