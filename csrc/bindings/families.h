@@ -43,10 +43,6 @@ Tensor conv2d_grad_columns(Tensor grad, Tensor values, Tensor columns, Tensor ro
 Tensor conv2d_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor row_offsets, SLIM_OPT plan,
                           SLIM_INTS block_size, SLIM_INTS kernel, SLIM_INTS stride, SLIM_INTS padding,
                           SLIM_INTS dilation, int64_t groups);
-#ifdef SLIM_CUDA
-Tensor linear_cuda(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, SLIM_OPT plan, SLIM_OPT backward_plan,
-                   SLIM_OPT bias, int64_t rows, bool relu);
-#endif
 }  // namespace slim::block_sparse
 
 namespace slim::binary {
@@ -103,3 +99,13 @@ Tensor conv2d(Tensor x, SLIM_STORED, SLIM_OPT plan, SLIM_OPT columns, SLIM_OPT o
               SLIM_OPT backward_plan, int64_t bits, int64_t group_size, SLIM_OPT bias, SLIM_INTS kernel,
               SLIM_INTS stride, SLIM_INTS padding, SLIM_INTS dilation, int64_t groups, bool relu);
 }  // namespace slim::sparse_codebook
+
+// On CUDA tensors, behind the same schemas.
+#if defined(SLIM_CUDA) || defined(SLIM_CUDA_HOST)
+namespace slim::cuda {
+
+Tensor block_sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, SLIM_OPT plan,
+                           SLIM_OPT backward_plan, SLIM_OPT bias, int64_t rows, bool relu);
+
+}  // namespace slim::cuda
+#endif

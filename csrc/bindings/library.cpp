@@ -14,7 +14,16 @@
 #define SLIM_DEF(name, arguments) (m.def(name arguments), m.def(name "_inference" arguments))
 #define SLIM_IMPL(name, function) (m.impl(name, TORCH_BOX(&function)), m.impl(name "_inference", TORCH_BOX(&function)))
 
-STABLE_TORCH_LIBRARY(slimtorch, m) {
+// tests/cuda_host builds this file a second time: there the CUDA functions run in the emulator, on the CPU's tensors.
+#ifdef SLIM_CUDA_HOST
+#define SLIM_LIBRARY slimtorch_cuda_host
+#define SLIM_CUDA_KEY CPU
+#else
+#define SLIM_LIBRARY slimtorch
+#define SLIM_CUDA_KEY CUDA
+#endif
+
+STABLE_TORCH_LIBRARY(SLIM_LIBRARY, m) {
   m.def("sparse_plan(Tensor columns, Tensor row_offsets, int width, int groups, int taps, bool transposed) -> Tensor");
   m.def("sparse_pack_values(Tensor values, Tensor plan) -> Tensor");
   SLIM_DEF("sparse_linear",
@@ -78,6 +87,7 @@ STABLE_TORCH_LIBRARY(slimtorch, m) {
                                      "Tensor? bias, " GEOMETRY ", bool relu) -> Tensor");
 }
 
+#ifndef SLIM_CUDA_HOST
 STABLE_TORCH_LIBRARY_IMPL(slimtorch, CPU, m) {
   m.impl("sparse_plan", TORCH_BOX(&slim::sparse::plan));
   m.impl("sparse_pack_values", TORCH_BOX(&slim::sparse::pack_values));
@@ -126,7 +136,10 @@ STABLE_TORCH_LIBRARY_IMPL(slimtorch, CPU, m) {
   SLIM_IMPL("sparse_codebook_linear", slim::sparse_codebook::linear);
   SLIM_IMPL("sparse_codebook_conv2d", slim::sparse_codebook::conv2d);
 }
+#endif
 
-#ifdef SLIM_CUDA
-STABLE_TORCH_LIBRARY_IMPL(slimtorch, CUDA, m) { SLIM_IMPL("block_sparse_linear", slim::block_sparse::linear_cuda); }
+#if defined(SLIM_CUDA) || defined(SLIM_CUDA_HOST)
+STABLE_TORCH_LIBRARY_IMPL(SLIM_LIBRARY, SLIM_CUDA_KEY, m) {
+  SLIM_IMPL("block_sparse_linear", slim::cuda::block_sparse_linear);
+}
 #endif
