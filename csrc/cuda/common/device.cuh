@@ -187,7 +187,7 @@ template <class T>
 __device__ __forceinline__ T shuffle_down(T v, int by) {
   return __shfl_down_sync(0xffffffffu, v, by);
 }
-__device__ __forceinline__ uint32_t ballot(bool v) { return __ballot_sync(0xffffffffu, v); }
+__device__ __forceinline__ uint32_t warp_ballot(bool v) { return __ballot_sync(0xffffffffu, v); }
 
 // ---- matrices --------------------------------------------------------------------------------------------------------
 
