@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -72,7 +71,7 @@ def occupancy(arch: str, registers: int, threads: int, shared: int) -> float:
     major = int(re.sub(r"\D", "", arch)) // 10
     shared_of_sm = {8: 164, 9: 228}.get(major, 228) * 1024
     per_block = -(-threads // 32)
-    # Registers are dealt out in units of 256 to a warp, and warps in units of four; a block costs 1 KiB of shared memory.
+    # Registers are dealt out in units of 256 to a warp, warps in units of four; a block costs 1 KiB of shared memory.
     warps = 65536 // (-(-registers * 32 // 256) * 256) // 4 * 4 if registers else 64
     blocks = min(32, 64 // per_block, warps // per_block, shared_of_sm // (-(-(shared + 1024) // 128) * 128))
     return blocks * per_block / 64
@@ -130,6 +129,7 @@ def _demangled(names: Sequence[str]) -> dict[str, str]:
 
 _ARCH = re.compile(r"^arch = (\S+)$", re.MULTILINE)
 _OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+_FLOAT_ATOMIC = re.compile(r"(RED|ATOM)[GS]?\..*\.(F16|F32|F64|BF16)")
 _USAGE = re.compile(r"^ Function (\S+):\n\s+(.*)$", re.MULTILINE)
 
 
@@ -159,7 +159,8 @@ def opcodes(output: str) -> dict[str, Counter[str]]:
 def max_threads(output: str) -> dict[str, int]:
     """Of `--dump-elf`, for one architecture: the threads of a launch bound, by function."""
     found: dict[str, int] = {}
-    for name, text in re.findall(r"^\.nv\.info\.(\S+)\n(.*?)(?=^\.(?!nv\.info\.\1)|\Z)", output, re.MULTILINE | re.DOTALL):
+    sections = re.findall(r"^\.nv\.info\.(\S+)\n(.*?)(?=^\.|\Z)", output, re.MULTILINE | re.DOTALL)
+    for name, text in sections:
         bound = re.search(r"EIATTR_MAX_THREADS\s+Format:.*?\n?\s*Value:\s*((?:0x[0-9a-f]+\s*){3})", text)
         if bound:
             x, y, z = (int(value, 16) for value in bound[1].split()[:3])
@@ -211,7 +212,7 @@ def kernels(library: Path) -> list[Kernel]:
         for mangled, numbers in resources.items():
             name = short_name(names[mangled])
             count = counts.get(mangled, Counter())
-            atomics = sum(n for opcode, n in count.items() if re.match(r"(RED|ATOM)[GS]?\..*\.(F16|F32|F64|BF16)", opcode))
+            atomics = sum(n for opcode, n in count.items() if _FLOAT_ATOMIC.match(opcode))
             spilled = numbers["LOCAL"] + numbers["STACK"]
             shared = numbers["SHARED"]
             if shared >= 1024 and not arch.startswith("sm_8"):
@@ -238,10 +239,10 @@ def table(found: Sequence[Kernel], dynamic_shared: int = 0) -> Table:
     ]  # fmt: skip
     columns = ["kernel", "arch", "threads", "registers", "shared", "local", "occupancy", "instructions"]
     spilled = sum(k.local > 0 for k in found)
+    asked = f", and {dynamic_shared} bytes asked for at the launch," if dynamic_shared else ""
     notes = [
-        f"{len(found)} kernels, {spilled} with local memory; shared: bytes known to the compiler; occupancy: as registers, "
-        f"threads{' and' if dynamic_shared else ','} shared memory"
-        + (f" (and {dynamic_shared} bytes more) allow" if dynamic_shared else " of that kind allow"),
+        f"{len(found)} kernels, {spilled} with local memory; shared: bytes that the compiler knows of; "
+        f"occupancy: as registers, threads and these bytes{asked} allow"
     ]
     return Table("CUDA kernels as compiled", columns, rows, notes)
 
@@ -252,7 +253,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.cuda_resources", description=__doc__)
-    parser.add_argument("files", type=Path, nargs="*", help="libraries, objects or cubins (default: the built slimtorch._C)")
+    what = "libraries, objects or cubins (default: the built slimtorch._C)"
+    parser.add_argument("files", type=Path, nargs="*", help=what)
     parser.add_argument("--arch", help="one architecture, such as sm_80")
     parser.add_argument("--family", choices=(*FAMILIES, "common"))
     parser.add_argument("--shared", type=int, default=0, metavar="BYTES", help="shared memory that launches ask for")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What nvcc made of the kernels: the instructions meant are there, nothing spills, no sum depends on an order of atomics.
+"""What nvcc made of the kernels: the instructions meant are there, nothing spills, no sum depends on atomics.
 
 Needs a build with CUDA kernels, cuobjdump and nvdisasm; no GPU.
 """
@@ -149,5 +149,5 @@ def test_without_tools_it_says_what_to_install(tmp_path: Path, monkeypatch: pyte
 
 def test_a_file_without_gpu_code_is_refused() -> None:
     built()  # skips where the tools are missing
-    with pytest.raises(ValueError, match="no machine code|cuobjdump"):
+    with pytest.raises(ValueError, match=r"no machine code|cuobjdump"):
         kernels(Path(shutil.which("true") or "/bin/true"))
