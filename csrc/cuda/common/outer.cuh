@@ -199,7 +199,7 @@ class OuterLoads {
   template <int kBytes, int kLines, bool kGrad>
   __device__ __forceinline__ void copy_lines(unsigned char* stage, int64_t column0) {
     constexpr int kPer = kBytes / kSize, kChunks = kLines / kPer, kTotal = Tile::kDepth * kChunks;
-#pragma unroll 4
+#pragma unroll(kBytes == 16 ? 8 : 1)
     for (int i = int(threadIdx.x); i < kTotal; i += Tile::kThreads) {
       const int c = i / kChunks, at = i % kChunks * kPer;
       int64_t left;
@@ -214,7 +214,7 @@ class OuterLoads {
   template <int kBytes, int kLines, bool kGrad>
   __device__ __forceinline__ void copy_images(unsigned char* stage, int slot) {
     constexpr int kPer = kBytes / kSize, kChunks = Tile::kDepth / kPer, kTotal = kLines * kChunks;
-#pragma unroll 4
+#pragma unroll(kBytes == 16 ? 8 : 1)
     for (int i = int(threadIdx.x); i < kTotal; i += Tile::kThreads) {
       const int row = i / kChunks, at = i % kChunks * kPer;
       const T* from = entry<kGrad>(row, pixels_[slot * Tile::kDepth + at]);
