@@ -49,10 +49,10 @@ void build_plan(const uint8_t* codes, int64_t bytes, int64_t rows, int64_t width
 
 // The launchers return null, or what is wrong; `stream` is a cudaStream_t.
 
-// Into how many shares the sums are to be cut; each needs a workspace of n * columns floats if there are more than one.
-int forward_splits(const Activations& a, const Weight& w, const DeviceInfo& device);
-const char* linear(const Activations& a, const Weight& w, int splits, float* partial, void* stream);
-const char* conv2d(const Activations& a, const Weight& w, int splits, float* partial, void* stream);
+// How a product is computed (codebook_heuristics.h); into how many shares its sums are cut.
+struct Choice;
+// partial: splits * n * columns floats, or null for one share.
+const char* forward(const Activations& a, const Weight& w, const Choice& c, float* partial, void* stream);
 
 // The dense matrix [rows, width] of the dtype of the tables, to `out` (aligned to 16 bytes).
 const char* decode(const Weight& w, DType type, void* out, void* stream);

@@ -75,8 +75,8 @@ class CodeStages {
  protected:
   __device__ __forceinline__ CodeStages(const Params& p, int64_t row0, int group, int split, int splits) : w_(p.w) {
     lane_ = int(threadIdx.x) % kWarp;
-    const int64_t rows = w_.rows / w_.groups, tiles = row_tiles_of(rows), tile = row0 / 16;
-    slabs_ = int(slabs_of(w_.width));
+    const int64_t rows = w_.rows / w_.groups, tiles = (rows + 15) / 16, tile = row0 / 16;
+    slabs_ = int((w_.width + kSlab - 1) / kSlab);
     const int64_t all = (slabs_ + kSlabs - 1) / kSlabs;
     first_ = int(all * split / splits);
     steps_ = int(all * (split + 1) / splits) - first_;
