@@ -43,10 +43,6 @@ constexpr int64_t plan_bytes(int64_t rows, int64_t width, int64_t bits, int64_t 
   return groups * row_tiles_of(rows / groups) * slabs_of(width) * bits * 128;
 }
 
-// On the host: `plan` is plan_bytes long.
-void build_plan(const uint8_t* codes, int64_t bytes, int64_t rows, int64_t width, int bits, int64_t groups,
-                unsigned char* plan);
-
 // The launchers return null, or what is wrong; `stream` is a cudaStream_t.
 
 // How a product is computed (codebook_heuristics.h); into how many shares its sums are cut.

@@ -17,12 +17,12 @@ const char* run(const Activations& a, const Weight& w, const Choice& c, float* p
 template <class T>
 const char* typed(const Activations& a, const Weight& w, const Choice& c, float* partial, void* stream) {
   if (w.bits == 4) {
-    if (c.width == Width::few) return run<T, 4, Tile<128, 8, 128, 8, 1, 4>>(a, w, c, partial, stream);
-    if (c.width == Width::some) return run<T, 4, Tile<128, 16, 128, 8, 1, 4>>(a, w, c, partial, stream);
+    if (c.width == Width::few) return run<T, 4, Tile<128, 8, 128, 8, 1, 4, 2>>(a, w, c, partial, stream);
+    if (c.width == Width::some) return run<T, 4, Tile<128, 16, 128, 8, 1, 4, 2>>(a, w, c, partial, stream);
     return run<T, 4, Tile<128, 128, 64, 4, 2, 3>>(a, w, c, partial, stream);
   }
-  if (c.width == Width::few) return run<T, 0, Tile<128, 8, 128, 8, 1, 4>>(a, w, c, partial, stream);
-  if (c.width == Width::some) return run<T, 0, Tile<128, 16, 128, 8, 1, 4>>(a, w, c, partial, stream);
+  if (c.width == Width::few) return run<T, 0, Tile<128, 8, 128, 8, 1, 4, 2>>(a, w, c, partial, stream);
+  if (c.width == Width::some) return run<T, 0, Tile<128, 16, 128, 8, 1, 4, 2>>(a, w, c, partial, stream);
   return run<T, 0, Tile<128, 128, 64, 4, 2, 3>>(a, w, c, partial, stream);
 }
 

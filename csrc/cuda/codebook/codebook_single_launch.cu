@@ -16,7 +16,7 @@ const char* run(const Activations& a, const Weight& w, const Choice& c, float* p
 
 template <class T>
 const char* half(const Activations& a, const Weight& w, const Choice& c, float* partial, void* stream) {
-  if (c.width == Width::few) return run<T, Tile<128, 16, 64, 8, 1, 4>>(a, w, c, partial, stream);
+  if (c.width == Width::few) return run<T, Tile<128, 16, 64, 8, 1, 4, 2>>(a, w, c, partial, stream);
   return run<T, Tile<128, 64, 64, 4, 1, 3>>(a, w, c, partial, stream);
 }
 
