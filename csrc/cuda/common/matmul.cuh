@@ -378,8 +378,7 @@ __global__ void __launch_bounds__(kReduceThreads) reduce_kernel(const ReducePara
     if constexpr (HasExact<W>::value) {
       if (sum != sum) {
         const int64_t of_group = p.n / p.m.a.groups, row = i / p.inner % p.n;
-        sum = W::exact(p.m.w, p.m.a, int(row / of_group), row % of_group,
-                       i / (p.inner * p.n) * p.inner + i % p.inner);
+        sum = W::exact(p.m.w, p.m.a, int(row / of_group), row % of_group, i / (p.inner * p.n) * p.inner + i % p.inner);
       }
     }
     if (p.bias) sum += to_float(load_constant(static_cast<const T*>(p.bias) + i / p.inner % p.n));
