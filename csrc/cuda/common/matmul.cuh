@@ -25,7 +25,8 @@
 // * Weights beyond the last row may be anything: those sums are dropped. Beyond the last k activations are zero, and
 //   weights must be finite.
 // * Optional: `static constexpr int kSlab` (a divisor of Tile::kDepth, a multiple of 8) and `depth(int step, int slab)`
-//   instead of depth(step): a step is then put together of slabs that lie anywhere in k, as blocks do.
+//   instead of depth(step): a step is then put together of slabs that lie anywhere in k, as blocks do, but begin at
+//   multiples of 8 (float: 4); one at or beyond the last k is empty.
 // * Optional, where zeros that are not stored are multiplied too, which would turn a NaN or Inf among the activations into
 //   NaN in all rows: `static __device__ float exact(const Params&, const Activations&, int group, int64_t row, int64_t
 //   column)`, the sum of one output (row within the group) over stored weights alone. Every sum that is NaN is asked for
@@ -95,30 +96,29 @@ struct MatmulShape {
   static_assert(W::kStageBytes % 16 == 0 && W::kBlockBytes % 16 == 0, "memory in chunks of 16 bytes");
 };
 
-// v = hi + lo but for its last bit or two, both exact in tf32. Inf and NaN go to lo, with 1 for hi: each lo meets the hi of
-// the other factor alone, so that Inf does not become NaN by a lo of 0. Finite numbers that would round to Inf are cut off.
+// v = hi + lo but for its last bit or two, both in tf32 (the tensor cores drop the lower 13 bits). Inf and NaN go to lo,
+// with 1 for hi: each lo meets the hi of the other factor alone, so that Inf does not become NaN by a lo of 0. Finite
+// numbers that would round to Inf are cut off. Rounding is done on integers: cvt.rna would be ten instructions.
 template <int kCount>
 __device__ __forceinline__ void split_tf32(const uint32_t (&v)[kCount], uint32_t (&hi)[kCount],
                                            uint32_t (&lo)[kCount]) {
+  constexpr uint32_t kTop = 0x7f7ff000u;  // from here on numbers round to Inf
   uint32_t largest = 0;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    hi[i] = to_tf32(as_float(v[i]));
-    lo[i] = to_tf32(as_float(v[i]) - as_float(hi[i]));
+    hi[i] = (v[i] + 0x1000u) & 0xffffe000u;
+    lo[i] = as_bits(as_float(v[i]) - as_float(hi[i])) + 0x1000u;
     const uint32_t magnitude = v[i] & 0x7fffffffu;
     largest = magnitude > largest ? magnitude : largest;
   }
-  if (largest < 0x7f7ff000u) return;
+  if (largest < kTop) return;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const uint32_t magnitude = v[i] & 0x7fffffffu;
-    if (magnitude >= 0x7f800000u) {
-      hi[i] = (v[i] & 0x80000000u) | 0x3f800000u;
-      lo[i] = to_tf32(as_float(v[i]));
-    } else if (magnitude >= 0x7f7ff000u) {
-      hi[i] = v[i] & 0xffffe000u;
-      lo[i] = to_tf32(as_float(v[i]) - as_float(hi[i]));
-    }
+    if (magnitude < kTop) continue;
+    const bool finite = magnitude < 0x7f800000u;
+    hi[i] = finite ? v[i] & 0xffffe000u : (v[i] & 0x80000000u) | 0x3f800000u;
+    lo[i] = finite ? as_bits(as_float(v[i]) - as_float(hi[i])) : magnitude == 0x7f800000u ? v[i] : 0x7fffffffu;
   }
 }
 
@@ -132,9 +132,15 @@ __device__ __forceinline__ void multiply(float (&d)[kI][kJ][4], const uint32_t (
 #pragma unroll
       for (int j = 0; j < kJ; ++j) mma_m16n8k16<T>(d[i][j], a[i], b[j]);
   } else {
-    uint32_t b_hi[kJ][2], b_lo[kJ][2];
+    uint32_t flat[2 * kJ], hi[2 * kJ], lo[2 * kJ], b_hi[kJ][2], b_lo[kJ][2];
 #pragma unroll
-    for (int j = 0; j < kJ; ++j) split_tf32(b[j], b_hi[j], b_lo[j]);
+    for (int j = 0; j < 2 * kJ; ++j) flat[j] = b[j / 2][j % 2];
+    split_tf32(flat, hi, lo);
+#pragma unroll
+    for (int j = 0; j < 2 * kJ; ++j) {
+      b_hi[j / 2][j % 2] = hi[j];
+      b_lo[j / 2][j % 2] = lo[j];
+    }
 #pragma unroll
     for (int i = 0; i < kI; ++i) {
       uint32_t a_hi[4], a_lo[4];
@@ -213,9 +219,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) matmul_kernel(c
   const int steps = w.steps();
   if constexpr (kConv) {
     if constexpr (W::kBlockBytes > 0) sync_threads();  // depth() may read it
+#pragma unroll 1
     for (int s = 0; s < Tile::kStages && s < steps; ++s) x.prepare(depth_of(s), s);
   }
   if constexpr (kConv || W::kBlockBytes > 0) sync_threads();
+#pragma unroll 1
   for (int s = 0; s < Tile::kStages - 1; ++s) {
     if (s < steps) {
       unsigned char* const stage = stages + s * Shape::kStageBytes;
