@@ -64,13 +64,14 @@ struct PackedValues {
     }
   }
 
-  // A cursor: where in the shared memory of the cell a value lies. That of its first value, and how far it is to the next.
-  __device__ __forceinline__ uint32_t origin(uint32_t begin) const { return (begin & 7) * 2; }
+  // A cursor says where in the block's shared memory a value lies, so that it is an address as it is: that of the first
+  // value of a cell whose values were loaded to dynamic_shared() + offset, and how far it is from one to the next.
+  __device__ __forceinline__ uint32_t origin(uint32_t offset, uint32_t begin) const { return offset + (begin & 7) * 2; }
   __device__ __forceinline__ uint32_t stride() const { return 2; }
 
-  // The 16 bits at a cursor; row in the block's tile, k from the start of the group.
-  __device__ __forceinline__ uint32_t at(const unsigned char* shared, uint32_t cursor, int /*row*/, int64_t /*k*/) const {
-    return *reinterpret_cast<const uint16_t*>(shared + cursor);
+  // The 16 bits of the value at a cursor; row in the block's tile, k from the start of the group.
+  __device__ __forceinline__ uint32_t at(uint32_t cursor, int /*row*/, int64_t /*k*/) const {
+    return *reinterpret_cast<const uint16_t*>(dynamic_shared() + cursor);
   }
 
   // The value at place i of the packed order, from global memory.
@@ -155,8 +156,8 @@ class TileWeights {
       if (lane % 4 >= 2) sum += left;
       const uint32_t before = reinterpret_cast<const uint16_t*>(cell + kCellMaskBytes)[lane / 4] + sum - count;
       mask_[f] = mask;
-      cursor_[f] = values_.origin(reinterpret_cast<const uint32_t*>(stage + kStrips * kStripBytes)[strip]) +
-                   values_.stride() * before;
+      const uint32_t begin = reinterpret_cast<const uint32_t*>(stage + kStrips * kStripBytes)[strip];
+      cursor_[f] = values_.origin(uint32_t(cell + kCellBytes - dynamic_shared()), begin) + values_.stride() * before;
     }
     const uint32_t mask = mask_[f];
     uint32_t cursor = cursor_[f];
@@ -168,10 +169,10 @@ class TileWeights {
 #pragma unroll
       for (int h = 0; h < 2; ++h)
         if (mask & (1u << (k / 2 + 2 * j + h))) {
-          v[h] = values_.at(cell + kCellBytes, cursor, own + 8 * (j & 1), k0 + 8 * (j >> 1) + h);
+          v[h] = values_.at(cursor, own + 8 * (j & 1), k0 + 8 * (j >> 1) + h);
           cursor += values_.stride();
         }
-      a[j] = v[0] | v[1] << 16;
+      a[j] = byte_permute(v[0], v[1], 0x5410);
     }
     cursor_[f] = cursor;
   }
