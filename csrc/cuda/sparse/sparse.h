@@ -10,8 +10,6 @@ namespace slim::cuda::sparse {
 
 // ---- tensor cores: float16, bfloat16; needs a plan -------------------------------------------------------------------
 
-// Into how many parts the depth is cut, so that a small product still fills the device.
-int choose_splits(const Activations& a, const DeviceInfo& device);
 // `packed`: values in packed order, aligned to 16 bytes. `partial`: null for one split, else [splits][as y].
 const char* tiles(const Activations& a, const Tiles& tiles, const void* packed, int splits, float* partial,
                   void* stream);
@@ -32,9 +30,10 @@ struct RowParams {
   const int32_t* sources;  // its entry i has the value values[sources[i]]; null: values[i]
   int32_t row_tiles;       // set by the launcher
 };
-const char* rows(RowParams p, const DeviceInfo& device, void* stream);
+const char* rows(const RowParams& p, const DeviceInfo& device, void* stream);
 
-// y of the transposed matrix, whose rows nobody has written down: slow. p.csr is of [a.k of each group, a.n].
+// y of the transposed matrix, whose rows nobody has written down: slow. p.csr is that of the other: a.k rows
+// in each group, a.n / a.groups columns.
 const char* scatter(const RowParams& p, void* stream);
 
 // Gradient of each stored value: the product of a row of the output's gradient (a.y) and a row of x, as columns.
@@ -42,6 +41,7 @@ struct GradParams {
   Activations a;
   Csr csr;
   void* out;  // [nnz] of a.type
+  int64_t nnz;
 };
 const char* grad_values(const GradParams& p, void* stream);
 

@@ -42,4 +42,20 @@ inline bool tiles_pay(const Activations& a, int64_t nnz) {
   return !(columns_of(a) <= 2 && double(nnz) < 0.03 * weights);
 }
 
+// By rows: how many columns a pass of the kernel for few columns takes; 0: the one for many is faster, or x does not fit
+// into shared memory. Up to 32 columns gathers beat panels of 64, which would be half empty.
+inline int dot_columns(const Activations& a) {
+  constexpr int64_t kShared = 96 * 1024;  // two blocks on an H100, one on an A100
+  if (a.conv || a.m > 32 || a.k * 4 > kShared) return 0;
+  if (a.m >= 3 && a.k * 16 <= kShared) return 4;
+  if (a.m >= 2 && a.k * 8 <= kShared) return 2;
+  return a.m <= 8 ? 1 : 0;
+}
+
+// Rows of a warp in the panel kernel: 8 share a panel better, 2 fill a device with a small matrix.
+inline int panel_rows(const Activations& a, const DeviceInfo& device) {
+  const int64_t tiles = (a.n / a.groups + 63) / 64 * a.groups * ((columns_of(a) + 63) / 64);
+  return tiles >= device.multiprocessors ? 8 : 2;
+}
+
 }  // namespace slim::cuda::sparse
