@@ -105,6 +105,21 @@ Tensor conv2d(Tensor x, SLIM_STORED, SLIM_OPT plan, SLIM_OPT columns, SLIM_OPT o
 #if defined(SLIM_CUDA) || defined(SLIM_CUDA_HOST)
 namespace slim::cuda {
 
+Tensor sparse_pack_values(Tensor values, Tensor plan);
+Tensor sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, SLIM_OPT plan, SLIM_OPT backward_plan,
+                     SLIM_OPT packed_values, SLIM_OPT bias, bool relu);
+Tensor sparse_linear_grad_input(Tensor grad, Tensor values, Tensor columns, Tensor row_offsets, SLIM_OPT backward_plan,
+                                int64_t width);
+Tensor sparse_linear_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor row_offsets, SLIM_OPT plan);
+Tensor sparse_conv2d(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, SLIM_OPT plan, SLIM_OPT backward_plan,
+                     SLIM_OPT packed_values, SLIM_OPT bias, SLIM_INTS kernel, SLIM_INTS stride, SLIM_INTS padding,
+                     SLIM_INTS dilation, int64_t groups, bool relu);
+Tensor sparse_conv2d_grad_columns(Tensor grad, Tensor values, Tensor columns, Tensor row_offsets,
+                                  SLIM_OPT backward_plan, int64_t width, int64_t groups);
+Tensor sparse_conv2d_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor row_offsets, SLIM_OPT plan,
+                                 SLIM_INTS kernel, SLIM_INTS stride, SLIM_INTS padding, SLIM_INTS dilation,
+                                 int64_t groups);
+
 Tensor block_sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, SLIM_OPT plan,
                            SLIM_OPT backward_plan, SLIM_OPT bias, int64_t rows, bool relu);
 
