@@ -107,5 +107,16 @@ namespace slim::cuda {
 Tensor block_sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, SLIM_OPT plan,
                            SLIM_OPT backward_plan, SLIM_OPT bias, int64_t rows, bool relu);
 
+std::tuple<Tensor, Tensor> sparse_codebook_positions(Tensor gaps, Tensor row_offsets, int64_t width);
+Tensor sparse_codebook_decode(SLIM_STORED, Tensor columns, int64_t width, int64_t bits, int64_t group_size);
+Tensor sparse_codebook_sum_members(Tensor values, SLIM_STORED, int64_t width, int64_t bits, int64_t group_size);
+Tensor sparse_codebook_linear(Tensor x, SLIM_STORED, SLIM_OPT plan, SLIM_OPT columns, SLIM_OPT offsets,
+                              SLIM_OPT forward_plan, SLIM_OPT backward_plan, int64_t bits, int64_t group_size,
+                              SLIM_OPT bias, bool relu);
+Tensor sparse_codebook_conv2d(Tensor x, SLIM_STORED, SLIM_OPT plan, SLIM_OPT columns, SLIM_OPT offsets,
+                              SLIM_OPT forward_plan, SLIM_OPT backward_plan, int64_t bits, int64_t group_size,
+                              SLIM_OPT bias, SLIM_INTS kernel, SLIM_INTS stride, SLIM_INTS padding, SLIM_INTS dilation,
+                              int64_t groups, bool relu);
+
 }  // namespace slim::cuda
 #endif

@@ -141,5 +141,11 @@ STABLE_TORCH_LIBRARY_IMPL(slimtorch, CPU, m) {
 #if defined(SLIM_CUDA) || defined(SLIM_CUDA_HOST)
 STABLE_TORCH_LIBRARY_IMPL(SLIM_LIBRARY, SLIM_CUDA_KEY, m) {
   SLIM_IMPL("block_sparse_linear", slim::cuda::block_sparse_linear);
+
+  m.impl("sparse_codebook_positions", TORCH_BOX(&slim::cuda::sparse_codebook_positions));
+  m.impl("sparse_codebook_decode", TORCH_BOX(&slim::cuda::sparse_codebook_decode));
+  m.impl("sparse_codebook_sum_members", TORCH_BOX(&slim::cuda::sparse_codebook_sum_members));
+  SLIM_IMPL("sparse_codebook_linear", slim::cuda::sparse_codebook_linear);
+  SLIM_IMPL("sparse_codebook_conv2d", slim::cuda::sparse_codebook_conv2d);
 }
 #endif
