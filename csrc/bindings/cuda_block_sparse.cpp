@@ -13,9 +13,9 @@ Tensor block_sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor row_o
   STD_TORCH_CHECK(values.scalar_type() == x.scalar_type() && values.dim() == 3,
                   "values: expected [blocks, r, c] of x's dtype");
   const int64_t r = values.size(1), c = values.size(2);
-  STD_TORCH_CHECK(r > 0 && c > 0 && rows >= 0 && row_offsets.numel() == (rows + r - 1) / r + 1 &&
-                      values.size(0) == columns.numel(),
-                  "block_row_offsets, block_columns: sizes do not fit the blocks");
+  STD_TORCH_CHECK(
+      r > 0 && c > 0 && rows >= 0 && row_offsets.numel() == (rows + r - 1) / r + 1 && values.size(0) == columns.numel(),
+      "block_row_offsets, block_columns: sizes do not fit the blocks");
   x = as_contiguous(x);
   values = as_aligned(values);
   bias = checked_cuda_bias(bias, x, rows);
