@@ -770,7 +770,7 @@ const char* run(const char* name, const void* kernel, dim3 grid, dim3 block, int
   gridDim = grid;
   ++g.statistics.launches;
   g.statistics.threads += int64_t(grid.x) * grid.y * grid.z * threads;
-  g.statistics.kernels[name].insert(offset_of(kernel));
+  g.statistics.kernels[int(g.mode)][name].insert(offset_of(kernel));
   for (unsigned z = 0; z < grid.z && !g.failed; ++z)
     for (unsigned y = 0; y < grid.y && !g.failed; ++y)
       for (unsigned x = 0; x < grid.x && !g.failed; ++x) {
