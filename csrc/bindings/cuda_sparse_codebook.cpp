@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // torch.ops.slimtorch.sparse_codebook_* on CUDA tensors.
 #include "bindings/cuda_common.h"
+#include "cuda/sparse_codebook/codes_plan.h"
 #include "cuda/sparse_codebook/sparse_codebook.h"
 
 namespace slim::cuda {
@@ -50,17 +51,29 @@ struct Stored {
   }
 };
 
-void check_plan(const std::optional<Tensor>& plan) {
-  STD_TORCH_CHECK(!plan, "plan: expected None, this family walks the stored stream");
+// The parts of a plan. Of what is in it only the sizes can be checked here.
+sparse_codebook::Codes codes_of(Call& call, const Tensor& plan, const sparse_codebook::Weight& w, int64_t groups) {
+  const sparse_codebook::CodesLayout layout(w.rows, w.width, groups, w.bits);
+  STD_TORCH_CHECK(plan.numel() >= layout.bytes(0) && plan.numel() <= layout.bytes(w.entries) &&
+                      reinterpret_cast<uintptr_t>(plan.const_data_ptr()) % 16 == 0,
+                  "plan: expected one of sparse_codebook_cuda_plan for a matrix of these sizes");
+  const uint8_t* blob = call.in_bytes(plan, "plan");
+  return {blob, reinterpret_cast<const uint32_t*>(blob + layout.starts), blob + layout.codes, layout.bits};
 }
 
-void run_forward(Call& call, const Tensor& x, sparse_codebook::Params& p) {
-  p.multiprocessors = call.info().multiprocessors;
-  const int64_t bytes = sparse_codebook::transposed_bytes(p.a);
-  std::optional<Tensor> scratch;
+// `p.a` and `p.w` are set.
+void run_forward(Call& call, const Tensor& x, const SLIM_OPT& given_plan, sparse_codebook::Params& p) {
+  SLIM_OPT plan;
+  if (given_plan) {
+    plan = as_aligned(*given_plan);
+    p.codes = codes_of(call, *plan, p.w, p.a.groups);
+  }
+  p.device = call.info();
+  const int64_t bytes = sparse_codebook::scratch_bytes(p);
+  SLIM_OPT scratch;
   if (bytes > 0) {
     scratch = workspace(x, bytes);
-    p.transposed = call.out(*scratch);
+    p.scratch = call.out(*scratch);
   }
   call.check(sparse_codebook::forward(p, call.stream()));
 }
@@ -84,7 +97,6 @@ Tensor sparse_codebook_linear(Tensor x, Tensor codebook, Tensor codes, Tensor ga
                               bool relu) {
   STD_TORCH_CHECK(x.dim() >= 1, "x: expected shape [..., in_features]");
   Call call(x);
-  check_plan(plan);
   STD_TORCH_CHECK(codebook.scalar_type() == x.scalar_type(), "codebook: expected a tensor of x's dtype");
   const Stored stored(call, codebook, codes, gaps, row_offsets, x.size(-1), bits, group_size);
   x = as_contiguous(x);
@@ -95,7 +107,7 @@ Tensor sparse_codebook_linear(Tensor x, Tensor codebook, Tensor codes, Tensor ga
   sparse_codebook::Params p{};
   p.a = linear(call, x, y, stored.w.rows, bias, relu);
   p.w = stored.w;
-  run_forward(call, x, p);
+  run_forward(call, x, plan, p);
   return y;
 }
 
@@ -105,7 +117,6 @@ Tensor sparse_codebook_conv2d(Tensor x, Tensor codebook, Tensor codes, Tensor ga
                               bool relu) {
   const ConvGeometry g = conv_geometry(x, kernel, stride, padding, dilation);
   Call call(x);
-  check_plan(plan);
   STD_TORCH_CHECK(codebook.scalar_type() == x.scalar_type(), "codebook: expected a tensor of x's dtype");
   const int64_t rows = row_offsets.numel() - 1;
   STD_TORCH_CHECK(rows >= 0 && groups > 0 && g.channels % groups == 0 && rows % groups == 0,
@@ -118,7 +129,7 @@ Tensor sparse_codebook_conv2d(Tensor x, Tensor codebook, Tensor codes, Tensor ga
   sparse_codebook::Params p{};
   p.a = conv2d(call, x, y, g, rows, groups, bias, relu);
   p.w = stored.w;
-  run_forward(call, x, p);
+  run_forward(call, x, plan, p);
   return y;
 }
 

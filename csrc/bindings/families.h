@@ -100,6 +100,11 @@ Tensor conv2d(Tensor x, SLIM_STORED, SLIM_OPT plan, SLIM_OPT columns, SLIM_OPT o
               SLIM_INTS stride, SLIM_INTS padding, SLIM_INTS dilation, int64_t groups, bool relu);
 }  // namespace slim::sparse_codebook
 
+// Plans for the kernels on CUDA tensors, made of CPU tensors.
+namespace slim::cuda {
+Tensor sparse_codebook_plan(Tensor codes, Tensor gaps, Tensor row_offsets, int64_t width, int64_t groups, int64_t bits);
+}  // namespace slim::cuda
+
 // On CUDA tensors, behind the same schemas.
 #if defined(SLIM_CUDA) || defined(SLIM_CUDA_HOST)
 namespace slim::cuda {

@@ -78,6 +78,8 @@ STABLE_TORCH_LIBRARY(SLIM_LIBRARY, m) {
   m.def("huffman_decode(Tensor blob, int n) -> Tensor");
 
   m.def("sparse_codebook_plan(Tensor gaps, Tensor row_offsets, int width, int groups, int taps) -> Tensor");
+  m.def("sparse_codebook_cuda_plan(Tensor codes, Tensor gaps, Tensor row_offsets, int width, int groups, int bits) "
+        "-> Tensor");
   m.def("sparse_codebook_positions(Tensor gaps, Tensor row_offsets, int width) -> (Tensor, Tensor)");
   m.def("sparse_codebook_decode(" STORED ", Tensor columns, int width, int bits, int group_size) -> Tensor");
   m.def("sparse_codebook_sum_members(Tensor values, " STORED ", int width, int bits, int group_size) -> Tensor");
@@ -149,3 +151,8 @@ STABLE_TORCH_LIBRARY_IMPL(SLIM_LIBRARY, SLIM_CUDA_KEY, m) {
   SLIM_IMPL("sparse_codebook_conv2d", slim::cuda::sparse_codebook_conv2d);
 }
 #endif
+
+// Plans for CUDA are made on the CPU, in every build.
+STABLE_TORCH_LIBRARY_IMPL(SLIM_LIBRARY, CPU, m) {
+  m.impl("sparse_codebook_cuda_plan", TORCH_BOX(&slim::cuda::sparse_codebook_plan));
+}

@@ -20,17 +20,25 @@ struct Weight {
   int32_t group_size;  // tables: 0 one for all, -1 one for each row, else one for so many columns of `width`
 };
 
+// The parts of a plan (codes_plan.h) on the device; all null where there is none.
+struct Codes {
+  const unsigned char* cells;
+  const uint32_t* starts;
+  const unsigned char* codes;
+  int32_t bits;  // of a code in the plan
+};
+
 struct Params {
   Activations a;
   Weight w;
-  void* transposed;     // scratch of transposed_bytes()
-  int multiprocessors;  // of the device
+  Codes codes;
+  void* scratch;  // of scratch_bytes()
+  DeviceInfo device;
 };
 
 // Launchers enqueue on `stream` (a cudaStream_t) and return null, or what CUDA found wrong with the launch.
 
-// Scratch that linear() wants: x with the columns side by side.
-int64_t transposed_bytes(const Activations& a);
+int64_t scratch_bytes(const Params& p);
 const char* forward(const Params& p, void* stream);
 
 // The weights as compressed sparse rows.
@@ -62,5 +70,11 @@ struct Sums {
 // sums[entry] = values of the weights that share the entry, always added in the same order.
 int64_t partial_bytes(const Sums& p);
 const char* sum_members(const Sums& p, void* stream);
+
+// What forward() is put together from: CUDA cores and the stored stream; tensor cores and a plan.
+int64_t stream_scratch_bytes(const Activations& a);
+const char* forward_stream(const Params& p, void* stream);
+int64_t tiles_scratch_bytes(const Params& p);
+const char* forward_tiles(const Params& p, void* stream);
 
 }  // namespace slim::cuda::sparse_codebook

@@ -20,7 +20,7 @@ int64_t transposed_width(const Activations& a) { return a.m <= kFew ? kFew : div
 // if blocks are left for all multiprocessors, two for each.
 bool wide(const Params& p) {
   const int64_t columns = columns_of(p.a);
-  return columns > 64 && divide_up(columns, 128) * divide_up(p.w.rows, kManyWarps) >= 2 * p.multiprocessors;
+  return columns > 64 && divide_up(columns, 128) * divide_up(p.w.rows, kManyWarps) >= 2 * p.device.multiprocessors;
 }
 
 // A 1x1 convolution whose output pixels are the input's.
@@ -28,9 +28,22 @@ bool direct(const ConvGeometry& g) {
   return g.kernel_h == 1 && g.kernel_w == 1 && g.stride_h == 1 && g.stride_w == 1 && g.pad_h == 0 && g.pad_w == 0;
 }
 
+bool nothing(const Params& p) { return columns_of(p.a) == 0 || p.w.rows == 0; }
+
+// Tensor cores, if there is a plan, take a time that hardly depends on the columns, up to 32: that of decoding the cells
+// once. Up to eight columns the stored stream is shorter and as quickly decoded, unless it has many entries: a chunk of
+// 128 of them takes about as long as half a cell of 1024 weights. Groups of a convolution with few rows would leave most
+// of a tile empty, and tables are found by a shift.
+bool on_tensor_cores(const Params& p) {
+  const int64_t columns = columns_of(p.a), size = p.w.group_size;
+  if (!p.codes.cells || p.a.type == DType::f32 || (size > 0 && (size & (size - 1)) != 0)) return false;
+  if (p.a.conv && p.w.rows / p.a.groups < 16) return false;
+  return columns > kFew || (columns > 1 && p.w.entries * 4 > p.w.rows * p.w.width);
+}
+
 template <class T>
 const char* transpose(const Params& p, void* stream) {
-  const TransposeParams t{p.a.x, p.transposed, p.a.m, p.a.k, transposed_width(p.a)};
+  const TransposeParams t{p.a.x, p.scratch, p.a.m, p.a.k, transposed_width(p.a)};
   const dim3 grid(unsigned(divide_up(t.k, 32)), grid_y(divide_up(t.width, 32)));
   return launch(transpose_kernel<T>, {"sparse_codebook::transpose", grid, dim3(32, 8), 32 * 33 * int(sizeof(T)), stream},
                 t);
@@ -41,7 +54,7 @@ const char* few_columns(const Params& p, ForwardParams f, void* stream) {
   const int64_t bytes = p.a.k * int64_t(sizeof(T));
   f.staged = kM == 1 && bytes <= kStaged ? int32_t(bytes) : 0;
   // As many blocks as stay resident at once (2048 threads to a multiprocessor), which go on with further rows.
-  const int64_t resident = int64_t(p.multiprocessors) * (2048 / (kRowWarps * kWarp));
+  const int64_t resident = int64_t(p.device.multiprocessors) * (2048 / (kRowWarps * kWarp));
   const int64_t blocks = divide_up(p.w.rows, kRowWarps);
   const dim3 grid(unsigned(blocks < resident ? blocks : resident));
   return launch(few_columns_kernel<T, kM>,
@@ -73,7 +86,7 @@ const char* forward_as(const Params& p, void* stream) {
   }
   if (p.a.m == 1) return few_columns<T, 1>(p, f, stream);
   if (const char* error = transpose<T>(p, stream)) return error;
-  f.x = p.transposed;
+  f.x = p.scratch;
   f.step = transposed_width(p.a);
   if (p.a.m <= kFew) return few_columns<T, kFew>(p, f, stream);
   return wide(p) ? many_columns<T, false, 4>(p, f, stream) : many_columns<T, false, 1>(p, f, stream);
@@ -81,12 +94,11 @@ const char* forward_as(const Params& p, void* stream) {
 
 }  // namespace
 
-int64_t transposed_bytes(const Activations& a) {
+int64_t stream_scratch_bytes(const Activations& a) {
   return a.conv || a.m <= 1 ? 0 : transposed_width(a) * a.k * size_of(a.type);
 }
 
-const char* forward(const Params& p, void* stream) {
-  if (columns_of(p.a) == 0 || p.w.rows == 0) return nullptr;
+const char* forward_stream(const Params& p, void* stream) {
   switch (p.a.type) {
     case DType::f32:
       return forward_as<float>(p, stream);
@@ -95,6 +107,16 @@ const char* forward(const Params& p, void* stream) {
     default:
       return forward_as<BFloat16>(p, stream);
   }
+}
+
+int64_t scratch_bytes(const Params& p) {
+  if (nothing(p)) return 0;
+  return on_tensor_cores(p) ? tiles_scratch_bytes(p) : stream_scratch_bytes(p.a);
+}
+
+const char* forward(const Params& p, void* stream) {
+  if (nothing(p)) return nullptr;
+  return on_tensor_cores(p) ? forward_tiles(p, stream) : forward_stream(p, stream);
 }
 
 }  // namespace slim::cuda::sparse_codebook
