@@ -95,12 +95,31 @@ struct MatmulShape {
   static_assert(W::kStageBytes % 16 == 0 && W::kBlockBytes % 16 == 0, "memory in chunks of 16 bytes");
 };
 
-// v = hi + lo but for its last bit or two, both exact in tf32. Inf and NaN: all in hi. What would round to Inf is cut off.
-__device__ __forceinline__ void split_tf32(uint32_t v, uint32_t& hi, uint32_t& lo) {
-  const bool finite = (v & 0x7f800000u) != 0x7f800000u;
-  hi = to_tf32(as_float(v));
-  if (finite && (hi & 0x7f800000u) == 0x7f800000u) hi = v & 0xffffe000u;
-  lo = finite ? to_tf32(as_float(v) - as_float(hi)) : 0;
+// v = hi + lo but for its last bit or two, both exact in tf32. Inf and NaN go to lo, with 1 for hi: each lo meets the hi of
+// the other factor alone, so that Inf does not become NaN by a lo of 0. Finite numbers that would round to Inf are cut off.
+template <int kCount>
+__device__ __forceinline__ void split_tf32(const uint32_t (&v)[kCount], uint32_t (&hi)[kCount],
+                                           uint32_t (&lo)[kCount]) {
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    hi[i] = to_tf32(as_float(v[i]));
+    lo[i] = to_tf32(as_float(v[i]) - as_float(hi[i]));
+    const uint32_t magnitude = v[i] & 0x7fffffffu;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  if (largest < 0x7f7ff000u) return;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const uint32_t magnitude = v[i] & 0x7fffffffu;
+    if (magnitude >= 0x7f800000u) {
+      hi[i] = (v[i] & 0x80000000u) | 0x3f800000u;
+      lo[i] = to_tf32(as_float(v[i]));
+    } else if (magnitude >= 0x7f7ff000u) {
+      hi[i] = v[i] & 0xffffe000u;
+      lo[i] = to_tf32(as_float(v[i]) - as_float(hi[i]));
+    }
+  }
 }
 
 // d[i][j] += a[i] b[j].
@@ -115,14 +134,11 @@ __device__ __forceinline__ void multiply(float (&d)[kI][kJ][4], const uint32_t (
   } else {
     uint32_t b_hi[kJ][2], b_lo[kJ][2];
 #pragma unroll
-    for (int j = 0; j < kJ; ++j)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) split_tf32(b[j][h], b_hi[j][h], b_lo[j][h]);
+    for (int j = 0; j < kJ; ++j) split_tf32(b[j], b_hi[j], b_lo[j]);
 #pragma unroll
     for (int i = 0; i < kI; ++i) {
       uint32_t a_hi[4], a_lo[4];
-#pragma unroll
-      for (int h = 0; h < 4; ++h) split_tf32(a[i][h], a_hi[h], a_lo[h]);
+      split_tf32(a[i], a_hi, a_lo);
 #pragma unroll
       for (int j = 0; j < kJ; ++j) mma_m16n8k8_tf32(d[i][j], a_lo, b_hi[j]);
 #pragma unroll
