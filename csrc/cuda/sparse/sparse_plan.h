@@ -17,6 +17,7 @@
 //   its values with one population count and a sum over its neighbours, then reads on from there.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -34,16 +35,16 @@ struct Shape {
   int64_t rows, depth;  // of one group
   int64_t groups, nnz;
 
-  int64_t strips() const { return (rows + kStripRows - 1) / kStripRows; }          // of one group
-  int64_t strip_cells() const { return (depth + kCellDepth - 1) / kCellDepth; }    // of one strip
+  int64_t strips() const { return (rows + kStripRows - 1) / kStripRows; }        // of one group
+  int64_t strip_cells() const { return (depth + kCellDepth - 1) / kCellDepth; }  // of one strip
   int64_t cells() const { return groups * strips() * strip_cells(); }
 };
 
 // Byte offsets in the blob. `order` comes first: it alone is needed where the sizes are not known.
 struct Layout {
-  int64_t order;        // uint32 [nnz]: which value of the canonical CSR stands at each place of the packed order
-  int64_t cells;        // [cells][kCellBytes], aligned to 16 bytes
-  int64_t starts;       // uint32 [cells + 1]: where the values of each cell start in packed order
+  int64_t order;   // uint32 [nnz]: which value of the canonical CSR stands at each place of the packed order
+  int64_t cells;   // [cells][kCellBytes], aligned to 16 bytes
+  int64_t starts;  // uint32 [cells + 1]: where the values of each cell start in packed order
   // Of a transposed matrix alone, whose rows the canonical CSR does not have:
   int64_t row_offsets;  // int32 [groups * rows + 1]
   int64_t columns;      // int32 [nnz], within the group
@@ -68,6 +69,13 @@ inline Layout layout_of(const Shape& s, bool transposed) {
   }
   return l;
 }
+
+// The parts that tensor cores read, on the device.
+struct Tiles {
+  const unsigned char* cells;  // aligned to 16 bytes
+  const uint32_t* starts;
+  int32_t strips, strip_cells;  // of one group
+};
 
 // Rows of all groups, columns within the group, ascending in a row.
 struct Csr {

@@ -6,11 +6,11 @@
 //   its values, packed     -> as they lie                  ->  bit set ? value there, and one on : 0    -> A fragment
 //
 // No dense tile is ever written: a set bit is one 2-byte load from shared memory into the register that the mma reads.
-// For a fragment that is about 45 instructions of a warp, 8 of them loads, for 256 weights; for few columns they bound
+// For a fragment that is about 30 instructions of a warp, 8 of them loads, for 256 weights; for few columns they bound
 // the kernel from about 85 % zeros on, bytes below. Values may be numbers (PackedValues) or codes of a table.
 //
 // Zeros are multiplied as well, so a NaN or Inf among the activations of a column spoils it for all rows. The main loop
-// asks `exact` for every sum that is not finite: it walks the stored weights of one row. Rare, slow, and right.
+// asks `exact` for every sum that is NaN: it walks the stored weights of one row. Rare, slow, and right.
 #pragma once
 
 #include "cuda/common/device.cuh"
@@ -18,13 +18,6 @@
 #include "cuda/sparse/sparse_plan.h"
 
 namespace slim::cuda::sparse {
-
-// The parts of a plan on the device.
-struct Tiles {
-  const unsigned char* cells;  // aligned to 16 bytes
-  const uint32_t* starts;
-  int32_t strips, strip_cells;  // of one group
-};
 
 // x of one column at depth k of a group; 0 in the padding of a convolution.
 template <class T>
@@ -46,8 +39,8 @@ struct PackedValues {
   struct Params {
     const T* values;  // [nnz], aligned to 16 bytes
   };
-  static constexpr int kBlockBytes = 0;                                  // shared memory for tables
-  static constexpr int kCellBytes = kCellValues * int(sizeof(T)) + 16;   // shared memory for the values of a cell
+  static constexpr int kBlockBytes = 0;                                 // shared memory for tables
+  static constexpr int kCellBytes = kCellValues * int(sizeof(T)) + 16;  // shared memory for the values of a cell
 
   // All threads of the block; the main loop synchronizes afterwards. `rows`: of the block's tile.
   __device__ __forceinline__ PackedValues(const Params& p, unsigned char* /*block_shared*/, int64_t /*row0*/,
@@ -75,12 +68,46 @@ struct PackedValues {
   }
 
   // The value at place i of the packed order, from global memory.
-  static __device__ __forceinline__ float exact(const Params& p, uint32_t i, int /*group*/, int64_t /*row*/, int64_t /*k*/) {
+  static __device__ __forceinline__ float exact(const Params& p, uint32_t i, int /*group*/, int64_t /*row*/,
+                                                int64_t /*k*/) {
     return to_float(load_constant(p.values + i));
   }
 
  private:
   const T* values_;
+};
+
+// What tiles of any shape share.
+template <class T, class Values>
+struct TileExact {
+  struct Params {
+    Tiles tiles;
+    typename Values::Params values;
+  };
+
+  // The sum of output `row` (of the group) and `column`, over the stored weights alone.
+  static __device__ float exact(const Params& p, const Activations& a, int group, int64_t row, int64_t column) {
+    const int64_t first = (group * int64_t(p.tiles.strips) + row / kStripRows) * p.tiles.strip_cells;
+    const int eighth = int(row % 8);
+    const uint32_t rows = row / 8 % 2 ? 0xccccccccu : 0x33333333u;  // registers 1 and 3, or 0 and 2
+    float sum = 0.0f;
+    for (int c = 0; c < p.tiles.strip_cells; ++c) {
+      const unsigned char* cell = p.tiles.cells + (first + c) * kCellBytes;
+      uint32_t at = load_constant(p.tiles.starts + first + c) +
+                    load_constant(reinterpret_cast<const uint16_t*>(cell + kCellMaskBytes) + eighth);
+      for (int t = 0; t < 4; ++t) {
+        const uint32_t mask = load_constant(reinterpret_cast<const uint32_t*>(cell) + 4 * eighth + t);
+        for (uint32_t left = mask & rows; left; left &= left - 1) {
+          const int bit = first_bit(left);
+          const int64_t k = int64_t(c) * kCellDepth + (bit >> 3) * 16 + (bit >> 2 & 1) * 8 + 2 * t + (bit & 1);
+          const uint32_t i = at + uint32_t(popcount(mask & ((1u << bit) - 1)));
+          sum += Values::exact(p.values, i, group, row, k) * activation_at<T>(a, group, column, k);
+        }
+        at += uint32_t(popcount(mask));
+      }
+    }
+    return sum;
+  }
 };
 
 // A policy for the main loop (common/matmul.cuh). T: Half or BFloat16.
@@ -89,10 +116,8 @@ class TileWeights {
  public:
   using Value = T;
   using Tile = Tile_;
-  struct Params {
-    Tiles tiles;
-    typename Values::Params values;
-  };
+  using Exact = TileExact<T, Values>;
+  using Params = typename Exact::Params;
 
   static_assert(Tile::kDepth == kCellDepth, "a step is a cell");
   static constexpr int kStrips = Tile::kRows / kStripRows;
@@ -103,11 +128,10 @@ class TileWeights {
   static constexpr int kStageBytes = kStrips * kStripBytes + (kStrips * 4 + 15) / 16 * 16;
   static constexpr int kBlockBytes = Values::kBlockBytes;
   static constexpr bool kExpands = false;
-  static constexpr bool kExact = true;
   static_assert(kStripThreads * kStrips == Tile::kThreads && kFragments * Tile::kWarpsR == kStrips, "whole strips");
 
-  __device__ __forceinline__ TileWeights(const Params& p, unsigned char* block_shared, int64_t row0, int group, int split,
-                                         int splits)
+  __device__ __forceinline__ TileWeights(const Params& p, unsigned char* block_shared, int64_t row0, int group,
+                                         int split, int splits)
       : p_(p), values_(p.values, block_shared, row0, Tile::kRows, group) {
     const int cells = p.tiles.strip_cells;
     first_ = int(int64_t(cells) * split / splits);
@@ -144,10 +168,11 @@ class TileWeights {
   __device__ __forceinline__ void expand(unsigned char*, int) {}
 
   __device__ __forceinline__ void fragment(uint32_t (&a)[4], const unsigned char* stage, int step, int row, int k) {
-    const int strip = row / kStripRows, lane = int(threadIdx.x) % kWarp;
+    const int strip = int(unsigned(row) / kStripRows), lane = int(threadIdx.x) % kWarp;
     const unsigned char* cell = stage + strip * kStripBytes;
-    const int f = strip % kFragments;
-    if (k == 0) {  // the lane's part of the cell
+    const int f =
+        int(unsigned(strip) % kFragments);  // the compiler knows it: a warp's first row is a multiple of all its rows
+    if (k == 0) {                           // the lane's part of the cell
       const uint32_t mask = reinterpret_cast<const uint32_t*>(cell)[lane];
       const uint32_t count = uint32_t(popcount(mask));
       uint32_t sum = count, left = shuffle_up(sum, 1);
@@ -175,30 +200,6 @@ class TileWeights {
       a[j] = byte_permute(v[0], v[1], 0x5410);
     }
     cursor_[f] = cursor;
-  }
-
-  // The sum of output `row` (of the group) and `column`, over the stored weights alone.
-  static __device__ float exact(const Params& p, const Activations& a, int group, int64_t row, int64_t column) {
-    const int64_t first = (group * int64_t(p.tiles.strips) + row / kStripRows) * p.tiles.strip_cells;
-    const int eighth = int(row % 8);
-    const uint32_t rows = row / 8 % 2 ? 0xccccccccu : 0x33333333u;  // registers 1 and 3, or 0 and 2
-    float sum = 0.0f;
-    for (int c = 0; c < p.tiles.strip_cells; ++c) {
-      const unsigned char* cell = p.tiles.cells + (first + c) * kCellBytes;
-      uint32_t at = load_constant(p.tiles.starts + first + c) +
-                    load_constant(reinterpret_cast<const uint16_t*>(cell + kCellMaskBytes) + eighth);
-      for (int t = 0; t < 4; ++t) {
-        const uint32_t mask = load_constant(reinterpret_cast<const uint32_t*>(cell) + 4 * eighth + t);
-        for (uint32_t left = mask & rows; left; left &= left - 1) {
-          const int bit = first_bit(left);
-          const int64_t k = int64_t(c) * kCellDepth + (bit >> 3) * 16 + (bit >> 2 & 1) * 8 + 2 * t + (bit & 1);
-          const uint32_t i = at + uint32_t(popcount(mask & ((1u << bit) - 1)));
-          sum += Values::exact(p.values, i, group, row, k) * activation_at<T>(a, group, column, k);
-        }
-        at += uint32_t(popcount(mask));
-      }
-    }
-    return sum;
   }
 
  private:
