@@ -10,7 +10,7 @@
 // else reads what a lane writes, so no barrier is needed; a warp decodes the strips that it multiplies, once for all
 // columns of the block. At 90 % zeros a lane has 3 weights of 32, the fullest one of a warp about 8.
 //
-// Zeros are multiplied as well: exact() is what the main loop asks where that made a NaN.
+// Zeros are multiplied as well: CodeExact is what the main loop asks where that made a NaN.
 #pragma once
 
 #include "cuda/common/matmul.cuh"
@@ -19,12 +19,8 @@
 
 namespace slim::cuda::sparse_codebook {
 
-// T: Half or BFloat16.
-template <class T, class Tile_>
-class CodeWeights {
- public:
-  using Value = T;
-  using Tile = Tile_;
+template <class T>
+struct CodeExact {
   struct Params {
     const unsigned char* cells;
     const uint32_t* starts;
@@ -35,6 +31,36 @@ class CodeWeights {
     int32_t bits;                 // of a code in the plan
     int32_t shift;                // a table for each 2**shift columns; 31 where columns share
   };
+
+  // The sum of output `row` (of the group) and `column`, over the stored weights alone, from the stored stream.
+  static __device__ float exact(const Params& p, const Activations& a, int group, int64_t row, int64_t column) {
+    const int64_t r = group * (a.n / a.groups) + row;
+    const Tables<T> tables(p.w, nullptr, 0, 0, 0);
+    const T* table = tables.of_row(r);
+    float sum = 0.0f;
+    uint32_t k = kNone;
+    for (int64_t e = p.w.row_offsets[r]; e < p.w.row_offsets[r + 1]; ++e) {
+      const uint32_t gap = load_constant(p.w.gaps + e);
+      k += gap;
+      if (gap == kSkip) continue;
+      ++k;
+      const int64_t bit = e * p.w.bits, at = bit >> 3;
+      uint32_t code = load_constant(p.w.codes + at);
+      if (at + 1 < p.w.code_bytes) code |= uint32_t(load_constant(p.w.codes + at + 1)) << 8;
+      sum += to_float(table[tables.index(k, code >> (bit & 7), 0)]) * sparse::activation_at<T>(a, group, column, k);
+    }
+    return sum;
+  }
+};
+
+// T: Half or BFloat16.
+template <class T, class Tile_>
+class CodeWeights {
+ public:
+  using Value = T;
+  using Tile = Tile_;
+  using Exact = CodeExact<T>;
+  using Params = typename Exact::Params;
 
   static_assert(Tile::kDepth == sparse::kCellDepth && Tile::kWarpsC == 1, "a step is a cell, decoded once");
   static constexpr int kStrips = Tile::kRows / sparse::kStripRows;
@@ -112,26 +138,6 @@ class CodeWeights {
     a[1] = v.y;
     a[2] = v.z;
     a[3] = v.w;
-  }
-
-  // The sum of output `row` (of the group) and `column`, over the stored weights alone, from the stored stream.
-  static __device__ float exact(const Params& p, const Activations& a, int group, int64_t row, int64_t column) {
-    const int64_t r = group * (a.n / a.groups) + row;
-    const Tables<T> tables(p.w, nullptr, 0, 0, 0);
-    const T* table = tables.of_row(r);
-    float sum = 0.0f;
-    uint32_t k = kNone;
-    for (int64_t e = p.w.row_offsets[r]; e < p.w.row_offsets[r + 1]; ++e) {
-      const uint32_t gap = load_constant(p.w.gaps + e);
-      k += gap;
-      if (gap == kSkip) continue;
-      ++k;
-      const int64_t bit = e * p.w.bits, at = bit >> 3;
-      uint32_t code = load_constant(p.w.codes + at);
-      if (at + 1 < p.w.code_bytes) code |= uint32_t(load_constant(p.w.codes + at + 1)) << 8;
-      sum += to_float(table[tables.index(k, code >> (bit & 7), 0)]) * sparse::activation_at<T>(a, group, column, k);
-    }
-    return sum;
   }
 
  private:
