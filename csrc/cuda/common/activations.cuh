@@ -25,6 +25,81 @@ __device__ __forceinline__ int64_t count_columns(const Activations& a) {
   return a.conv ? a.geometry.batch * a.geometry.out_h * a.geometry.out_w : a.m;
 }
 
+// The largest power of two that divides v; at most 16.
+__device__ __forceinline__ int low_bit(uint64_t v) {
+  const int b = int(v & 15);
+  return b == 0 ? 16 : b & -b;
+}
+
+// Bytes from the start of a tile to a byte of a row, in rows of kRowBytes. kWords: fragments are read word by word, four
+// rows of 32 bytes at once; else by ldmatrix, eight rows of 16 bytes.
+template <int kRowBytes, bool kWords>
+__device__ __forceinline__ int place(int row, int byte) {
+  constexpr int kChunks = kRowBytes / 16;
+  static_assert(kChunks >= 1 && (kChunks & (kChunks - 1)) == 0, "rows of whole chunks, a power of two");
+  int turn = 0;
+  if constexpr (kWords)
+    turn = kChunks >= 8 ? (row & 3) * 2 : kChunks == 4 ? (row & 2) : 0;
+  else
+    turn = kChunks >= 8 ? row & 7 : kChunks == 4 ? (row >> 1) & 3 : kChunks == 2 ? (row >> 2) & 1 : 0;
+  return row * kRowBytes + (byte ^ (turn * 16));
+}
+
+// B operands of kTiles tiles of 8 columns from `column` on, of 32 bytes of k from `k` on. The tile in shared memory is
+// [column][k], or [k][column] if kTrans.
+template <int kSize, bool kTrans, int kRowBytes, int kTiles>
+__device__ __forceinline__ void load_b(uint32_t (&b)[kTiles][2], const unsigned char* tile, int column, int k) {
+  const int lane = int(threadIdx.x) % kWarp, row = lane & 7, matrix = lane >> 3;
+  if constexpr (kTrans && kSize == 4) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        b[j][h] = *reinterpret_cast<const uint32_t*>(
+            tile + place<kRowBytes, true>(k + 4 * h + lane % 4, (column + 8 * j + lane / 4) * 4));
+  } else {
+    const auto at = [&](int j) {
+      return tile + (kTrans ? place<kRowBytes, false>(k + (matrix & 1) * 8 + row, (column + 8 * j) * kSize)
+                            : place<kRowBytes, false>(column + 8 * j + row, k * kSize + (matrix & 1) * 16));
+    };
+#pragma unroll
+    for (int j = 0; j + 1 < kTiles; j += 2) {
+      uint32_t r[4];
+      if constexpr (kTrans)
+        load_matrix_trans(r, at(j + (matrix >> 1)));
+      else
+        load_matrix(r, at(j + (matrix >> 1)));
+      b[j][0] = r[0];
+      b[j][1] = r[1];
+      b[j + 1][0] = r[2];
+      b[j + 1][1] = r[3];
+    }
+    if constexpr (kTiles % 2 == 1) {
+      if constexpr (kTrans)
+        load_matrix_trans(b[kTiles - 1], at(kTiles - 1));
+      else
+        load_matrix(b[kTiles - 1], at(kTiles - 1));
+    }
+  }
+}
+
+// Likewise the A operand of 16 rows: the tile is [row][k], or [k][row] if kTrans.
+template <int kSize, bool kTrans, int kRowBytes>
+__device__ __forceinline__ void load_a(uint32_t (&a)[4], const unsigned char* tile, int row, int k) {
+  const int lane = int(threadIdx.x) % kWarp, line = lane & 7, matrix = lane >> 3;
+  if constexpr (kTrans && kSize == 4) {
+#pragma unroll
+    for (int h = 0; h < 4; ++h)
+      a[h] = *reinterpret_cast<const uint32_t*>(
+          tile + place<kRowBytes, true>(k + 4 * (h >> 1) + lane % 4, (row + 8 * (h & 1) + lane / 4) * 4));
+  } else if constexpr (kTrans) {
+    load_matrix_trans(a,
+                      tile + place<kRowBytes, false>(k + (matrix >> 1) * 8 + line, (row + (matrix & 1) * 8) * kSize));
+  } else {
+    load_matrix(a, tile + place<kRowBytes, false>(row + (matrix & 1) * 8 + line, k * kSize + (matrix >> 1) * 16));
+  }
+}
+
 template <class T, bool kConv, class Tile>
 class Columns {
  public:
@@ -34,7 +109,6 @@ class Columns {
   static constexpr int kTableBytes = kConv ? Tile::kStages * Tile::kDepth * 16 : 0;
   static constexpr int kWidth = Tile::kCols / Tile::kWarpsC;  // columns of a warp
   static constexpr int kTiles = kWidth / 8;
-  static_assert(kRowBytes >= 16 && (kRowBytes & (kRowBytes - 1)) == 0, "rows of whole chunks, a power of two");
   static_assert(Tile::kThreads % Tile::kCols == 0, "each thread has columns of its own");
 
   // `column0`: the first of the tile. All threads must meet at a barrier between prepare() and load() of a step.
@@ -138,8 +212,8 @@ class Columns {
         const int at = i * Tile::kThreads + int(threadIdx.x);
         if (kPairs % Tile::kThreads != 0 && at >= kPairs) break;
         const int row = at / (kRowBytes / 4), byte = at % (kRowBytes / 4) * 4;
-        *reinterpret_cast<uint32_t*>(stage + place(row, byte)) = uint32_t(fetched_[i][0]) | uint32_t(fetched_[i][1])
-                                                                                                << 16;
+        *reinterpret_cast<uint32_t*>(stage + place < kRowBytes, kConv && kSize == 4 > (row, byte)) =
+            uint32_t(fetched_[i][0]) | uint32_t(fetched_[i][1]) << 16;
       }
     }
   }
@@ -147,40 +221,7 @@ class Columns {
   // The B operands of k … k + 15 (float: k + 7) in all columns of a warp, of which `column` is the first.
   __device__ __forceinline__ static void fragment(uint32_t (&b)[kTiles][2], const unsigned char* stage, int column,
                                                   int k) {
-    const int lane = int(threadIdx.x) % kWarp, row = lane & 7, matrix = lane >> 3;
-    if constexpr (kConv && kSize == 4) {
-#pragma unroll
-      for (int j = 0; j < kTiles; ++j)
-#pragma unroll
-        for (int h = 0; h < 2; ++h)
-          b[j][h] = *reinterpret_cast<const uint32_t*>(
-              stage + place(k + 4 * h + lane % 4, (column + 8 * j + lane / 4) * kSize));
-    } else {
-#pragma unroll
-      for (int j = 0; j + 1 < kTiles; j += 2) {
-        uint32_t r[4];
-        load4(r, kConv ? stage + place(k + (matrix & 1) * 8 + row, (column + 8 * (j + (matrix >> 1))) * kSize)
-                       : stage + place(column + 8 * (j + (matrix >> 1)) + row, k * kSize + (matrix & 1) * 16));
-        b[j][0] = r[0];
-        b[j][1] = r[1];
-        b[j + 1][0] = r[2];
-        b[j + 1][1] = r[3];
-      }
-      if constexpr (kTiles % 2 == 1)
-        load2(b[kTiles - 1], kConv ? stage + place(k + (matrix & 1) * 8 + row, (column + 8 * (kTiles - 1)) * kSize)
-                                   : stage + place(column + 8 * (kTiles - 1) + row, k * kSize + (matrix & 1) * 16));
-    }
-  }
-
-  // Bytes from the start of a stage to a byte of a row.
-  __device__ __forceinline__ static int place(int row, int byte) {
-    constexpr int kChunks = kRowBytes / 16;
-    int turn = 0;
-    if constexpr (kConv && kSize == 4)  // four rows of two chunks at once
-      turn = kChunks >= 8 ? (row & 3) * 2 : kChunks == 4 ? (row & 2) : 0;
-    else
-      turn = kChunks >= 8 ? row & 7 : kChunks == 4 ? (row >> 1) & 3 : kChunks == 2 ? (row >> 2) & 1 : 0;
-    return row * kRowBytes + (byte ^ (turn * 16));
+    load_b<kSize, kConv, kRowBytes>(b, stage, column, k);
   }
 
  private:
@@ -195,25 +236,6 @@ class Columns {
     uint32_t offset;
   };
 
-  // The largest power of two that divides v; at most 16.
-  __device__ __forceinline__ static int low_bit(uint64_t v) {
-    const int b = int(v & 15);
-    return b == 0 ? 16 : b & -b;
-  }
-
-  __device__ __forceinline__ static void load4(uint32_t (&r)[4], const unsigned char* p) {
-    if constexpr (kConv)
-      load_matrix_trans(r, p);
-    else
-      load_matrix(r, p);
-  }
-  __device__ __forceinline__ static void load2(uint32_t (&r)[2], const unsigned char* p) {
-    if constexpr (kConv)
-      load_matrix_trans(r, p);
-    else
-      load_matrix(r, p);
-  }
-
   template <int kBytes, class Depth>
   __device__ __forceinline__ void copy_rows(unsigned char* stage, const Depth& depth) {
     constexpr int kPer = kBytes / kSize, kChunks = Tile::kDepth / kPer, kTotal = Tile::kCols * kChunks;
@@ -224,7 +246,8 @@ class Columns {
       const int column = i / kChunks, k = i % kChunks * kPer;
       const int64_t at = depth(k), left = column < left_ ? k_ - at : 0;
       const int valid = left >= kPer ? kPer : left > 0 ? int(left) : 0;
-      copy_async<kBytes>(stage + place(column, k * kSize), valid ? x_ + column * k_ + at : x_, valid * kSize);
+      copy_async<kBytes>(stage + place < kRowBytes, kConv && kSize == 4 > (column, k * kSize),
+                         valid ? x_ + column * k_ + at : x_, valid * kSize);
     }
   }
 
@@ -255,7 +278,7 @@ class Columns {
       const int row = i / kChunks;
       const uint4 tap = table_[slot * Tile::kDepth + row];
       const bool in = int(tap.y) + pixel_[0].y >= 0;
-      copy_async<kBytes>(stage + place(row, column * kSize),
+      copy_async<kBytes>(stage + place < kRowBytes, kConv && kSize == 4 > (row, column * kSize),
                          in ? pixel_[0].image + (tap.x + pixel_[0].offset) : pixel_[0].image, in ? kBytes : 0);
     }
   }
@@ -282,7 +305,7 @@ class Columns {
       for (int row = int(threadIdx.x) / Tile::kCols; row < Tile::kDepth; row += Tile::kThreads / Tile::kCols) {
         const uint4 tap = table_[slot * Tile::kDepth + row];
         const bool in = inside(pixel_[0], tap);
-        copy_async<4>(stage + place(row, column * kSize),
+        copy_async<4>(stage + place < kRowBytes, kConv && kSize == 4 > (row, column * kSize),
                       in ? pixel_[0].image + (tap.x + pixel_[0].offset) : pixel_[0].image, in ? 4 : 0);
       }
     }
