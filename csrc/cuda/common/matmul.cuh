@@ -36,7 +36,7 @@
 // * load(stage, step) may run while other threads still do the products of step - kStages + 1 and later ones.
 //
 // A step in flight takes a stage of shared memory: activations, then the policy's bytes. While one step is multiplied,
-// kStages - 1 others are on their way. Within a step fragments are loaded one k ahead of their products.
+// kStages - 1 others are on their way. Within a step fragments of 16-bit numbers are loaded one k ahead of their products.
 //
 // float32 runs as three products of tf32: each factor is split into hi + lo, 11 bits each, and hi hi + hi lo + lo hi is
 // summed; what is left out is below 2^-22 of a product.
@@ -257,15 +257,19 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) matmul_kernel(c
       w.expand(raw, step);
       sync_threads();
     }
-    uint32_t a[2][kI][4], b[2][kJ][2];
+    constexpr int kBuffers = sizeof(T) == 2 ? 2 : 1;
+    uint32_t a[kBuffers][kI][4], b[kBuffers][kJ][2];
+    const auto fragments = [&](int s) {
+      X::fragment(b[s % kBuffers], stage, warp_column, s * kK);
 #pragma unroll
-    for (int s = 0; s <= kSteps; ++s) {
-      if (s < kSteps) {
-        X::fragment(b[s % 2], stage, warp_column, s * kK);
+      for (int i = 0; i < kI; ++i) w.fragment(a[s % kBuffers][i], raw, step, warp_row + 16 * i, s * kK);
+    };
+    fragments(0);
 #pragma unroll
-        for (int i = 0; i < kI; ++i) w.fragment(a[s % 2][i], raw, step, warp_row + 16 * i, s * kK);
-      }
-      if (s > 0) multiply<T>(d, a[(s + 1) % 2], b[(s + 1) % 2]);
+    for (int s = 0; s < kSteps; ++s) {
+      if (kBuffers == 2 && s + 1 < kSteps) fragments(s + 1);
+      multiply<T>(d, a[s % kBuffers], b[s % kBuffers]);
+      if (kBuffers == 1 && s + 1 < kSteps) fragments(s + 1);
     }
     if (next < steps) x.store(into);
     free = slot;

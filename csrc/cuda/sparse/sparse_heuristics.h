@@ -36,10 +36,11 @@ inline int splits_for(const Activations& a, const DeviceInfo& device) {
 
 // Whether tensor cores are the faster way for 16-bit values. A weight costs them 1.125 bits and two bytes if stored, and
 // 30 instructions of a warp for 256; by rows it costs six bytes if stored, and each column a pass through shared memory.
-// So rows win for a column or two of a weight that is almost empty.
-inline bool tiles_pay(const Activations& a, int64_t nnz) {
-  const double weights = double(a.n) * double(a.k);
-  return !(columns_of(a) <= 2 && double(nnz) < 0.03 * weights);
+// So rows win for a column or two of a weight that is almost empty; and for few columns of values that were not packed
+// beforehand, which costs another eight bytes for each.
+inline bool tiles_pay(const Activations& a, int64_t nnz, bool packed) {
+  if (!packed) return columns_of(a) > 8;
+  return columns_of(a) > 2 || double(nnz) >= 0.03 * double(a.n) * double(a.k);
 }
 
 // By rows: how many columns a pass of the kernel for few columns takes; 0: the one for many is faster, or x does not fit
