@@ -90,6 +90,8 @@ Tensor checked_scale(const Tensor& scale, const Tensor& x) {
 
 // A product of signs in the making: owns what the kernels read.
 struct Product {
+  explicit Product(Call& call) : call(call) {}
+
   Call& call;
   ProductParams p{};
   std::vector<Tensor> keep;
@@ -189,6 +191,15 @@ struct Product {
   }
 };
 
+void run_floats(Call& call, const Activations& a, const Weights& weights, const Tensor& scale) {
+  if (a.n == 0 || columns_of(a) == 0) return;
+  const int splits = binary::float_splits(a, call.info());
+  Maybe partial;
+  if (splits > 1) partial = workspace(scale, splits * a.n * columns_of(a) * 4);
+  float* to = partial ? static_cast<float*>(call.out(*partial)) : nullptr;
+  call.check(binary::floats({a, weights.data(), call.in(scale, "scale")}, splits, to, call.stream()));
+}
+
 void check_thresholds(const Tensor& thresholds, const Tensor& rising) {
   STD_TORCH_CHECK(thresholds.scalar_type() == ScalarType::Int && thresholds.dim() == 1,
                   "thresholds: expected a 1-D int32 tensor");
@@ -244,7 +255,7 @@ Tensor binary_linear(Tensor x, Tensor signs, Tensor scale, Maybe plan, Maybe bia
     run_floats(call, linear(call, x, y, s.rows, bias, relu), weights, scale);
     return y;
   }
-  Product product{call};
+  Product product(call);
   product.set_linear(x, s.channels);
   product.set_weights(weights, s);
   product.set_output(y, scale, bias, relu);
@@ -267,7 +278,7 @@ Tensor binary_conv2d(Tensor x, Tensor signs, Tensor scale, Maybe plan, Maybe bia
     run_floats(call, conv2d(call, x, y, g, s.rows, groups, bias, relu), weights, scale);
     return y;
   }
-  Product product{call};
+  Product product(call);
   product.set_conv(x, g, groups);
   product.set_weights(weights, s);
   product.set_output(y, scale, bias, relu);
@@ -285,7 +296,7 @@ Tensor binary_linear_from_bits(Tensor x, int64_t width, Tensor signs, Tensor sca
   std::vector<int64_t> sizes = sizes_of(x);
   sizes.back() = s.rows;
   Tensor y = like(scale, sizes);
-  Product product{call};
+  Product product(call);
   product.set_linear(x, width);
   product.set_weights(weights, s);
   product.set_output(y, scale, bias, relu);
@@ -303,7 +314,7 @@ Tensor binary_conv2d_from_bits(Tensor x, int64_t channels, Tensor signs, Tensor 
   const Weights weights(call, signs, s, kSignKind, plan);
   bias = checked_cuda_bias(bias, scale, s.rows);
   Tensor y = like(scale, {g.batch, s.rows, g.out_h, g.out_w});
-  Product product{call};
+  Product product(call);
   product.set_conv(x, g, groups);
   product.set_weights(weights, s);
   product.set_output(y, scale, bias, relu);
@@ -326,7 +337,7 @@ Tensor binary_linear_to_bits(Tensor x, int64_t width, Tensor signs, Maybe plan, 
   std::vector<int64_t> sizes = sizes_of(x);
   sizes.back() = bit_bytes(s.rows);
   Tensor y = bytes_like(x, sizes);
-  Product product{call};
+  Product product(call);
   product.set_linear(x, width);
   product.set_weights(weights, s);
   product.set_output_bits(y, thresholds, rising);
@@ -344,7 +355,7 @@ Tensor binary_conv2d_to_bits(Tensor x, int64_t channels, Tensor signs, Maybe pla
   thresholds = as_contiguous(thresholds);
   rising = as_contiguous(rising);
   Tensor y = bytes_like(x, {g.batch, g.out_h, g.out_w, bit_bytes(s.rows)});
-  Product product{call};
+  Product product(call);
   product.set_conv(x, g, groups);
   product.set_weights(weights, s);
   product.set_output_bits(y, thresholds, rising);

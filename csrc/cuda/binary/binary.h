@@ -123,4 +123,37 @@ inline bool shares_words(int64_t rows, int64_t groups) { return groups > 1 && ro
 
 const char* product(const ProductParams& p, const DeviceInfo& device, void* stream);
 
+// ---- signs x floats --------------------------------------------------------------------------------------------------
+
+// The plan: [group][64 of k][rows of the group, padded][2] 32-bit words, k in the canonical order. Bit (k >> 1) + 16 * (k & 1)
+// of a word belongs to the k-th of its 32 weights: a pair of neighbours is 16 bits apart, as the two halves of a register.
+struct FloatLayout {
+  int64_t rows, blocks, bytes;  // rows of a group, padded; blocks of 64 of k
+};
+inline FloatLayout float_layout_of(const Shape& s) {
+  FloatLayout l;
+  l.rows = (s.rows / s.groups + 15) / 16 * 16;
+  l.blocks = (s.channels * s.kernel_h * s.kernel_w + 63) / 64;
+  l.bytes = s.groups * l.blocks * l.rows * 8;
+  return l;
+}
+
+struct FloatPlanParams {
+  Shape shape;
+  FloatLayout layout;
+  const uint8_t* signs;  // canonical
+  uint8_t* plan;
+};
+
+struct FloatParams {
+  Activations a;
+  const uint8_t* words;  // a plan
+  const void* scale;     // [n] of a.type
+};
+
+const char* make_float_plan(const FloatPlanParams& p, void* stream);
+// Into how many parts k should be cut; above 1, floats() needs a workspace of that many floats for each entry of y.
+int float_splits(const Activations& a, const DeviceInfo& device);
+const char* floats(const FloatParams& p, int splits, float* partial, void* stream);
+
 }  // namespace slim::cuda::binary

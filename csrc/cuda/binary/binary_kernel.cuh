@@ -243,10 +243,11 @@ __device__ __forceinline__ int32_t base_of(const ProductParams& p, const Corners
   return base;
 }
 
-template <bool kConv, class Tile>
-__device__ __forceinline__ Corners corners_of(const ProductParams& p, const unsigned char* shared, int col) {
-  if constexpr (kConv) return reinterpret_cast<const Corners*>(shared + Shared<Tile>::kCorners)[col];
-  return {0, 0, 0, 3};  // the one tap of a border [2, 2]
+constexpr Corners kOneTap{0, 0, 0, 3};  // of a linear layer, whose border is [2, 2]
+
+template <class Tile>
+__device__ __forceinline__ Corners corners_of(const unsigned char* shared, int col) {
+  return reinterpret_cast<const Corners*>(shared + Shared<Tile>::kCorners)[col];
 }
 
 // Four rows of a column at a time. first: of the tile, in all rows; count: rows of it that there are.
@@ -263,7 +264,7 @@ __device__ __forceinline__ void write_rows(const ProductParams& p, const unsigne
     if (row + i < count) {
       scale[i] = value_at(p.scale, p.type, first + row + i);
       if (p.bias) bias[i] = value_at(p.bias, p.type, first + row + i);
-      base[i] = base_of(p, {0, 0, 0, 3}, first + row + i);
+      base[i] = base_of(p, kOneTap, first + row + i);
     }
   const int32_t* counts = reinterpret_cast<const int32_t*>(shared);
   for (int col = threadIdx.x / kQuads; col < Tile::kCols; col += Tile::kThreads / kQuads) {
@@ -301,7 +302,7 @@ __device__ __forceinline__ void write_pixels(const ProductParams& p, const unsig
   bool full = true;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    corners[i] = corners_of<true, Tile>(p, shared, col + i);
+    corners[i] = corners_of<Tile>(shared, col + i);
     ones[i] = reinterpret_cast<const int32_t*>(shared + Shared<Tile>::kOnes)[col + i];
     place[i] = reinterpret_cast<const int64_t*>(shared + Shared<Tile>::kPlaces)[col + i];
     full = full && corners[i].a == 0 && corners[i].d == all;
@@ -337,7 +338,7 @@ __device__ __forceinline__ void write_bits(const ProductParams& p, const unsigne
   const bool there = row < count;
   const int32_t threshold = there ? load_constant(p.thresholds + first + row) : 0;
   const bool rising = there && load_constant(p.rising + first + row) != 0;
-  const int32_t base = kConv || !there ? 0 : base_of(p, {0, 0, 0, 3}, first + row);
+  const int32_t base = kConv || !there ? 0 : base_of(p, kOneTap, first + row);
   const int64_t at = first + word0;
   const int32_t* counts = reinterpret_cast<const int32_t*>(shared);
   // Words beyond a group belong to the next; beyond the last, they are zeros up to 64 bits.
@@ -347,7 +348,7 @@ __device__ __forceinline__ void write_bits(const ProductParams& p, const unsigne
     const int32_t ones = reinterpret_cast<const int32_t*>(shared + Shared<Tile>::kOnes)[col];
     int32_t from = base;
     if constexpr (kConv)
-      if (there) from = base_of(p, corners_of<true, Tile>(p, shared, col), first + row);
+      if (there) from = base_of(p, corners_of<Tile>(shared, col), first + row);
     const int32_t dot = dot_of(from, ones, counts[col * Tile::kRowPitch + row]);
     const uint32_t word = warp_ballot(there && (rising ? dot >= threshold : dot <= threshold));
     uint32_t* to = p.out_bits + (column0 + col) * p.out_words + at / 32;

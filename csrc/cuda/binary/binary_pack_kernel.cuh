@@ -173,6 +173,23 @@ __global__ void __launch_bounds__(kPackThreads) plan_words_kernel(const PlanPara
   reinterpret_cast<uint64_t*>(p.plan)[i] = word;
 }
 
+// One thread per 64 weights of a row.
+__global__ void __launch_bounds__(kPackThreads) float_plan_kernel(const FloatPlanParams p) {
+  const int64_t i = int64_t(blockIdx.x) * kPackThreads + threadIdx.x;
+  if (i >= p.shape.groups * p.layout.blocks * p.layout.rows) return;
+  const int64_t inner = i % p.layout.rows, block = i / p.layout.rows % p.layout.blocks;
+  const int64_t group = i / p.layout.rows / p.layout.blocks, group_rows = p.shape.rows / p.shape.groups;
+  const int64_t width = p.shape.channels * p.shape.kernel_h * p.shape.kernel_w;
+  const int64_t left = inner < group_rows ? width - block * 64 : 0;
+  int64_t bit = (group * group_rows + inner) * width + block * 64;
+  uint2 words{0, 0};
+  for (int k = 0; k < 64 && k < left; ++k, ++bit) {
+    const uint32_t one = (load_constant(p.signs + bit / 8) >> (bit % 8)) & 1;
+    (k < 32 ? words.x : words.y) |= one << (k % 32 / 2 + k % 2 * 16);
+  }
+  reinterpret_cast<uint2*>(p.plan)[i] = words;
+}
+
 // One thread per row, after the weights are there.
 __global__ void __launch_bounds__(kPackThreads) plan_border_kernel(const PlanParams p) {
   const int64_t row = int64_t(blockIdx.x) * kPackThreads + threadIdx.x;

@@ -39,6 +39,11 @@ const char* make_plan(const PlanParams& p, void* stream) {
   return launch(plan_border_kernel, {"binary::plan_border", rows, dim3(kPackThreads), 0, stream}, p);
 }
 
+const char* make_float_plan(const FloatPlanParams& p, void* stream) {
+  const dim3 grid(blocks_of(p.shape.groups * p.layout.blocks * p.layout.rows));
+  return launch(float_plan_kernel, {"binary::float_plan", grid, dim3(kPackThreads), 0, stream}, p);
+}
+
 const char* pack_rows(const PackRowsParams& given, const DeviceInfo& device, void* stream) {
   PackRowsParams p = given;
   // A warp reads about 2 KB at a time; where rows alone do not fill the GPU with warps, a block shares each row.
