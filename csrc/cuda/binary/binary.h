@@ -112,6 +112,7 @@ struct ProductParams {
   uint32_t* out_bits;  // [columns][out_words] 32-bit words
   int64_t out_words;
   bool shared_words;  // rows of two groups meet in a word: see shares_words
+  unsigned row_tiles, column_tiles;  // of a group; the launcher's affair
   bool conv;
   int64_t rows, groups, columns;  // rows of all groups
   int64_t words, row_bytes, column_bytes;

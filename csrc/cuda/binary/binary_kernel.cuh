@@ -121,9 +121,9 @@ __device__ __forceinline__ void describe_columns(const ProductParams& p, unsigne
 // One step of k of the tile's weights.
 template <class Tile>
 __device__ __forceinline__ void load_weights(const ProductParams& p, unsigned char* stage, int64_t first, int64_t count,
-                                             int64_t step) {
+                                             int step) {
   const int q = threadIdx.x % 8;
-  const int64_t at = step * Tile::kStepBytes + q * 16;  // rows end at a multiple of 16
+  const int64_t at = int64_t(step) * Tile::kStepBytes + q * 16;  // rows end at a multiple of 16
   const uint8_t* from = p.weights + first * p.row_bytes + at;
   for (int r = threadIdx.x / 8; r < Tile::kRows; r += Tile::kThreads / 8) {
     const bool valid = r < count && at < p.row_bytes;
@@ -141,11 +141,11 @@ __device__ __forceinline__ const uint8_t* tap_of(const ProductParams& p, const W
 // The same of the tile's columns. Chunks of 16 bytes lie in one tap, or words of 8 are copied by themselves.
 template <bool kConv, class Tile>
 __device__ __forceinline__ void load_columns(const ProductParams& p, unsigned char* stage, const unsigned char* shared,
-                                             int64_t column0, int64_t step, bool whole_chunks) {
+                                             int64_t column0, int step, bool whole_chunks) {
   const int q = threadIdx.x % 8;
   const int halves = whole_chunks ? 1 : 2;
   for (int half = 0; half < halves; ++half) {
-    const int64_t word = step * Tile::kStepWords + q * 2 + half;
+    const int64_t word = int64_t(step) * Tile::kStepWords + q * 2 + half;
     if constexpr (!kConv) {
       const int64_t left = p.words - word;
       const int valid = left >= 2 ? 16 : left == 1 ? 8 : 0;
@@ -243,7 +243,8 @@ __device__ __forceinline__ int32_t base_of(const ProductParams& p, const Corners
   return base;
 }
 
-constexpr Corners kOneTap{0, 0, 0, 3};  // of a linear layer, whose border is [2, 2]
+// Of a linear layer, whose border is [2, 2].
+__device__ __forceinline__ Corners one_tap() { return {0, 0, 0, 3}; }
 
 template <class Tile>
 __device__ __forceinline__ Corners corners_of(const unsigned char* shared, int col) {
@@ -264,7 +265,7 @@ __device__ __forceinline__ void write_rows(const ProductParams& p, const unsigne
     if (row + i < count) {
       scale[i] = value_at(p.scale, p.type, first + row + i);
       if (p.bias) bias[i] = value_at(p.bias, p.type, first + row + i);
-      base[i] = base_of(p, kOneTap, first + row + i);
+      base[i] = base_of(p, one_tap(), first + row + i);
     }
   const int32_t* counts = reinterpret_cast<const int32_t*>(shared);
   for (int col = threadIdx.x / kQuads; col < Tile::kCols; col += Tile::kThreads / kQuads) {
@@ -338,7 +339,7 @@ __device__ __forceinline__ void write_bits(const ProductParams& p, const unsigne
   const bool there = row < count;
   const int32_t threshold = there ? load_constant(p.thresholds + first + row) : 0;
   const bool rising = there && load_constant(p.rising + first + row) != 0;
-  const int32_t base = kConv || !there ? 0 : base_of(p, kOneTap, first + row);
+  const int32_t base = kConv || !there ? 0 : base_of(p, one_tap(), first + row);
   const int64_t at = first + word0;
   const int32_t* counts = reinterpret_cast<const int32_t*>(shared);
   // Words beyond a group belong to the next; beyond the last, they are zeros up to 64 bits.
@@ -363,7 +364,7 @@ __device__ __forceinline__ void write_bits(const ProductParams& p, const unsigne
   }
 }
 
-// Grid: x over tiles, rows first; y over groups (striding, since y ends at 65535).
+// Grid: x over tiles; rows run fastest, then columns, then groups.
 template <bool kConv, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads) product_kernel(const ProductParams p) {
   unsigned char* shared = dynamic_shared();
@@ -372,62 +373,59 @@ __global__ void __launch_bounds__(Tile::kThreads) product_kernel(const ProductPa
   const int col0 = warp / Tile::kWarpsR % Tile::kWarpsC * (Tile::kCols / Tile::kWarpsC);
   const int part = warp / (Tile::kWarpsR * Tile::kWarpsC), slice0 = part * (4 / Tile::kWarpsK);
   const int64_t group_rows = p.rows / p.groups;
-  const unsigned row_tiles = unsigned((group_rows + Tile::kRows - 1) / Tile::kRows);
-  // Bits are written in words of 64: a tile of 32 rows may have to write the zeros of the upper half.
-  const unsigned tiles = p.out_bits && Tile::kRows == 32 ? (row_tiles + 1) / 2 * 2 : row_tiles;
-  const unsigned row_tile = blockIdx.x % tiles;
-  const int64_t column0 = int64_t(blockIdx.x / tiles) * Tile::kCols;
+  unsigned rest = blockIdx.x / p.row_tiles;
+  const int64_t inner = int64_t(blockIdx.x % p.row_tiles) * Tile::kRows;
+  const int64_t column0 = int64_t(rest % p.column_tiles) * Tile::kCols, group = rest / p.column_tiles;
+  const int64_t first = group * group_rows + inner, left = group_rows - inner;
+  const int64_t count = left < 0 ? 0 : left < Tile::kRows ? left : Tile::kRows;
   const int64_t k_bytes = p.geometry.kernel_h * p.geometry.kernel_w * p.words * 8;
-  const int64_t steps = (k_bytes + Tile::kStepBytes - 1) / Tile::kStepBytes;
+  const int steps = int((k_bytes + Tile::kStepBytes - 1) / Tile::kStepBytes);
   const bool whole_chunks = kConv ? p.words % 2 == 0 : p.column_bytes % 16 == 0;
-  const bool by_column = !kConv || p.out_bits;
 
-  for (int64_t group = blockIdx.y; group < p.groups; group += gridDim.y) {
-    const int64_t inner = int64_t(row_tile) * Tile::kRows, first = group * group_rows + inner;
-    const int64_t left = group_rows - inner, count = left < 0 ? 0 : left < Tile::kRows ? left : Tile::kRows;
-    describe_columns<kConv, Tile>(p, shared, column0, group);
-    if constexpr (kConv) sync_threads();  // windows
+  describe_columns<kConv, Tile>(p, shared, column0, group);
+  if constexpr (kConv) sync_threads();  // windows
 
-    int32_t counts[Tile::kFragmentsR][Tile::kFragmentsC][4];
+  int32_t counts[Tile::kFragmentsR][Tile::kFragmentsC][4];
 #pragma unroll
-    for (int r = 0; r < Tile::kFragmentsR; ++r)
+  for (int r = 0; r < Tile::kFragmentsR; ++r)
 #pragma unroll
-      for (int c = 0; c < Tile::kFragmentsC; ++c)
+    for (int c = 0; c < Tile::kFragmentsC; ++c)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) counts[r][c][i] = 0;
+      for (int i = 0; i < 4; ++i) counts[r][c][i] = 0;
 
-    const auto load = [&](int64_t step) {
-      if (step < steps) {
-        unsigned char* stage = shared + step % Tile::kStages * Tile::kStageBytes;
-        load_weights<Tile>(p, stage, first, count, step);
-        load_columns<kConv, Tile>(p, stage + Tile::kRows * 128, shared, column0, step, whole_chunks);
-      }
-      copy_commit();
-    };
-    for (int64_t step = 0; step + 1 < Tile::kStages; ++step) load(step);
-    for (int64_t step = 0; step < steps; ++step) {
-      copy_wait<Tile::kStages - 2>();
-      sync_threads();  // the step has landed for all, and the stage that is filled next has been read by all
-      load(step + Tile::kStages - 1);
-      multiply<Tile>(counts, shared + step % Tile::kStages * Tile::kStageBytes, row0, col0, slice0);
+  const auto load = [&](int step, int slot) {
+    if (step < steps) {
+      unsigned char* stage = shared + slot * Tile::kStageBytes;
+      load_weights<Tile>(p, stage, first, count, step);
+      load_columns<kConv, Tile>(p, stage + Tile::kRows * 128, shared, column0, step, whole_chunks);
     }
-    copy_wait<0>();
-    sync_threads();
+    copy_commit();
+  };
+  for (int step = 0; step + 1 < Tile::kStages; ++step) load(step, step);
+  int slot = 0, free = Tile::kStages - 1;  // the stage of this step, and the one that the step before has left
+  for (int step = 0; step < steps; ++step) {
+    copy_wait<Tile::kStages - 2>();
+    sync_threads();  // the step has landed for all, and all have left the free stage
+    load(step + Tile::kStages - 1, free);
+    multiply<Tile>(counts, shared + slot * Tile::kStageBytes, row0, col0, slice0);
+    free = slot;
+    slot = slot + 1 == Tile::kStages ? 0 : slot + 1;
+  }
+  copy_wait<0>();
+  sync_threads();
 
-    int32_t* staged = reinterpret_cast<int32_t*>(shared);
+  int32_t* staged = reinterpret_cast<int32_t*>(shared);
 #pragma unroll
-    for (int i = 0; i < Tile::kWarpsK; ++i) {
-      if (part == i) stage_counts<Tile>(counts, staged, row0, col0, by_column, i > 0);
-      sync_threads();
-    }
-    if (p.out_bits)
-      write_bits<kConv, Tile>(p, shared, first, count, column0, group + 1 == p.groups);
-    else if constexpr (kConv)
-      write_pixels<Tile>(p, shared, first, count, column0);
-    else
-      write_rows<Tile>(p, shared, first, count, column0);
+  for (int i = 0; i < Tile::kWarpsK; ++i) {
+    if (part == i) stage_counts<Tile>(counts, staged, row0, col0, !kConv || p.out_bits, i > 0);
     sync_threads();
   }
+  if (p.out_bits)
+    write_bits<kConv, Tile>(p, shared, first, count, column0, group + 1 == p.groups);
+  else if constexpr (kConv)
+    write_pixels<Tile>(p, shared, first, count, column0);
+  else
+    write_rows<Tile>(p, shared, first, count, column0);
 }
 
 }  // namespace slim::cuda::binary

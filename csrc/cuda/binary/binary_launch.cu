@@ -17,17 +17,22 @@ Choice choose(int64_t group_rows, int64_t groups, int64_t columns, const DeviceI
   if (columns <= 16) return Choice::narrow;
   const int64_t large = (group_rows + 127) / 128 * ((columns + 255) / 256) * groups;
   const bool filled = 4 * large >= 3 * int64_t(device.multiprocessors);
-  return filled && group_rows > 64 && Large::kRingBytes + 16384 <= device.shared_per_block ? Choice::large
+  return filled && group_rows > 64 && Shared<Large>::kConvBytes <= device.shared_per_block ? Choice::large
                                                                                           : Choice::medium;
 }
 
 template <bool kConv, class Tile>
-const char* start(const ProductParams& p, void* stream) {
+const char* start(const ProductParams& given, void* stream) {
+  ProductParams p = given;
   int64_t row_tiles = (p.rows / p.groups + Tile::kRows - 1) / Tile::kRows;
+  // Bits are written in words of 64: a tile of 32 rows may have to write the zeros of the upper half.
   if (p.out_bits && Tile::kRows == 32) row_tiles = (row_tiles + 1) / 2 * 2;
-  const int64_t tiles = row_tiles * ((p.columns + Tile::kCols - 1) / Tile::kCols);
-  if (tiles > INT32_MAX) return "more outputs than a grid has blocks";
-  const dim3 grid(unsigned(tiles), unsigned(p.groups < 65535 ? p.groups : 65535));
+  const int64_t column_tiles = (p.columns + Tile::kCols - 1) / Tile::kCols;
+  if (column_tiles > INT32_MAX || row_tiles > INT32_MAX / (column_tiles * p.groups))
+    return "more outputs than a grid has blocks";
+  p.row_tiles = unsigned(row_tiles);
+  p.column_tiles = unsigned(column_tiles);
+  const dim3 grid(unsigned(row_tiles * column_tiles * p.groups));
   const int shared = kConv ? Shared<Tile>::kConvBytes : Shared<Tile>::kLinearBytes;
   const char* name = kConv ? "binary::conv2d" : "binary::linear";
   return launch(product_kernel<kConv, Tile>, {name, grid, dim3(Tile::kThreads), shared, stream}, p);
