@@ -134,11 +134,16 @@ LARGE: tuple[Problem, ...] = (
 @pytest.mark.parametrize("problem", LARGE, ids=str)
 def test_large_tiles(ops: Any, device: Device, problem: Problem) -> None:
     x, weight = problem.input().half(), Binary.pack(problem.weight().half(), scale=False)
-    there, on = moved(weight, device), device.move(x)
-    y = apply(ops, on, there, **geometry(problem))
-    dots = exact(x.float(), weight, None, True, **geometry(problem))
-    assert torch.equal(y.cpu(), dots.half())
-    check_bits(ops, device, problem)
+    there, on, options = moved(weight, device), device.move(x), geometry(problem)
+    dots = exact(x.float(), weight, None, True, **options)
+    assert torch.equal(apply(ops, on, there, **options).cpu(), dots.half())
+    rows = weight.shape[0]
+    thresholds, rising = torch.arange(rows, dtype=torch.int32) % 9 - 4, torch.arange(rows) % 3 < 2
+    to_bits = ops.binary_linear_to_bits if dots.dim() == 2 else ops.binary_conv2d_to_bits
+    bits = to_bits(on, there, device.move(thresholds), device.move(rising), **options)
+    dots = last(dots)
+    beyond = torch.where(rising, dots >= thresholds, dots <= thresholds)
+    assert torch.equal(bits.cpu(), reference.pack_signs(torch.where(beyond, 1.0, -1.0)))
 
 
 def test_counts_beyond_16_bits(ops: Any, device: Device) -> None:

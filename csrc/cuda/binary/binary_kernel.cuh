@@ -32,10 +32,11 @@
 
 namespace slim::cuda::binary {
 
-template <int Rows, int Cols, int WarpsR, int WarpsC, int WarpsK, int Stages>
+// Blocks: how many should fit a multiprocessor (bounds the registers).
+template <int Rows, int Cols, int WarpsR, int WarpsC, int WarpsK, int Stages, int Blocks>
 struct SignTile {
   static constexpr int kRows = Rows, kCols = Cols, kWarpsR = WarpsR, kWarpsC = WarpsC, kWarpsK = WarpsK;
-  static constexpr int kStages = Stages;
+  static constexpr int kStages = Stages, kBlocks = Blocks;
   static constexpr int kWarps = WarpsR * WarpsC * WarpsK, kThreads = kWarps * kWarp;
   static constexpr int kFragmentsR = Rows / WarpsR / 16, kFragmentsC = Cols / WarpsC / 8;
   static constexpr int kStepBytes = 128, kStepWords = 16;  // of k: 1024 bits
@@ -201,12 +202,15 @@ __device__ __forceinline__ void multiply(int32_t (&counts)[Tile::kFragmentsR][Ti
         b[c][0] = two[0], b[c][1] = two[1], b[c + 1][0] = two[2], b[c + 1][1] = two[3];
       }
     }
+    // One fragment of weights ahead of its products.
+    uint32_t a[2][4];
+    const unsigned char* from = weights + a_row * 128 + (((slice * 2 + a_chunk) ^ (lane & 7)) << 4);
+    load_matrix(a[0], from);
 #pragma unroll
     for (int r = 0; r < Tile::kFragmentsR; ++r) {
-      uint32_t a[4];
-      load_matrix(a, weights + (r * 16 + a_row) * 128 + (((slice * 2 + a_chunk) ^ (lane & 7)) << 4));
+      if (r + 1 < Tile::kFragmentsR) load_matrix(a[(r + 1) % 2], from + (r + 1) * 16 * 128);
 #pragma unroll
-      for (int c = 0; c < Tile::kFragmentsC; ++c) mma_m16n8k256_and(counts[r][c], a, b[c]);
+      for (int c = 0; c < Tile::kFragmentsC; ++c) mma_m16n8k256_and(counts[r][c], a[r % 2], b[c]);
     }
   }
 }
@@ -366,7 +370,7 @@ __device__ __forceinline__ void write_bits(const ProductParams& p, const unsigne
 
 // Grid: x over tiles; rows run fastest, then columns, then groups.
 template <bool kConv, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads) product_kernel(const ProductParams p) {
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) product_kernel(const ProductParams p) {
   unsigned char* shared = dynamic_shared();
   const int warp = threadIdx.x / kWarp;
   const int row0 = warp % Tile::kWarpsR * (Tile::kRows / Tile::kWarpsR);

@@ -6,9 +6,9 @@ namespace slim::cuda::binary {
 
 namespace {
 
-using Large = SignTile<128, 256, 2, 4, 1, 3>;  // 147 KB of shared memory, one block to a multiprocessor
-using Medium = SignTile<64, 64, 2, 2, 1, 4>;   // 64 KB, two or three
-using Narrow = SignTile<32, 8, 1, 1, 4, 4>;    // 20 KB
+using Large = SignTile<128, 256, 2, 4, 1, 3, 1>;  // 147 KB of shared memory (157 of a convolution): A100 has 163
+using Medium = SignTile<64, 64, 2, 2, 1, 4, 2>;   // 65 KB
+using Narrow = SignTile<32, 8, 1, 1, 4, 4, 4>;    // 20 KB
 
 // Which tile is best. Few columns: as many blocks as there can be. Large tiles as soon as they fill the GPU, for only they
 // need few enough bytes; predicted from bytes and operations, not measured yet.
