@@ -64,11 +64,12 @@ Tensor scale_dots(Tensor dots, Tensor scale, SLIM_OPT bias, bool relu);
 }  // namespace slim::binary
 
 namespace slim::codebook {
-Tensor linear(Tensor x, Tensor codebook, Tensor codes, int64_t rows, int64_t bits, int64_t group_size, bool zero,
-              SLIM_OPT bias, bool relu);
-Tensor conv2d(Tensor x, Tensor codebook, Tensor codes, int64_t rows, int64_t bits, int64_t group_size, bool zero,
-              SLIM_OPT bias, SLIM_INTS kernel, SLIM_INTS stride, SLIM_INTS padding, SLIM_INTS dilation, int64_t groups,
-              bool relu);
+// plan: what a GPU reads in place of the codes; none on the CPU, whose kernels read the codes as they are.
+Tensor linear(Tensor x, Tensor codebook, Tensor codes, SLIM_OPT plan, int64_t rows, int64_t bits, int64_t group_size,
+              bool zero, SLIM_OPT bias, bool relu);
+Tensor conv2d(Tensor x, Tensor codebook, Tensor codes, SLIM_OPT plan, int64_t rows, int64_t bits, int64_t group_size,
+              bool zero, SLIM_OPT bias, SLIM_INTS kernel, SLIM_INTS stride, SLIM_INTS padding, SLIM_INTS dilation,
+              int64_t groups, bool relu);
 Tensor decode(Tensor codebook, Tensor codes, int64_t rows, int64_t width, int64_t bits, int64_t group_size);
 Tensor sum_members(Tensor grad_weight, Tensor codes, int64_t bits, int64_t group_size, bool zero);
 }  // namespace slim::codebook
@@ -122,6 +123,14 @@ Tensor binary_linear_to_bits(Tensor x, int64_t width, Tensor signs, SLIM_OPT pla
 Tensor binary_conv2d_to_bits(Tensor x, int64_t channels, Tensor signs, SLIM_OPT plan, Tensor thresholds, Tensor rising,
                              SLIM_INTS kernel, SLIM_INTS stride, SLIM_INTS padding, SLIM_INTS dilation, int64_t groups);
 Tensor binary_scale_dots(Tensor dots, Tensor scale, SLIM_OPT bias, bool relu);
+
+Tensor codebook_linear(Tensor x, Tensor codebook, Tensor codes, SLIM_OPT plan, int64_t rows, int64_t bits,
+                       int64_t group_size, bool zero, SLIM_OPT bias, bool relu);
+Tensor codebook_conv2d(Tensor x, Tensor codebook, Tensor codes, SLIM_OPT plan, int64_t rows, int64_t bits,
+                       int64_t group_size, bool zero, SLIM_OPT bias, SLIM_INTS kernel, SLIM_INTS stride,
+                       SLIM_INTS padding, SLIM_INTS dilation, int64_t groups, bool relu);
+Tensor codebook_decode(Tensor codebook, Tensor codes, int64_t rows, int64_t width, int64_t bits, int64_t group_size);
+Tensor codebook_sum_members(Tensor grad_weight, Tensor codes, int64_t bits, int64_t group_size, bool zero);
 
 }  // namespace slim::cuda
 #endif

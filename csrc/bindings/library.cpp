@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Every operator of the library on one screen. Fake kernels and autograd stand in python/slimtorch/ops.
+#include "bindings/codebook_plan.h"
 #include "bindings/families.h"
 
 #define WEIGHT "Tensor values, Tensor columns, Tensor row_offsets"
@@ -61,10 +62,11 @@ STABLE_TORCH_LIBRARY(SLIM_LIBRARY, m) {
         "rising, " GEOMETRY ") -> Tensor");
   m.def("binary_scale_dots(Tensor dots, Tensor scale, Tensor? bias, bool relu) -> Tensor");
 
-  SLIM_DEF("codebook_linear",
-           "(Tensor x, Tensor codebook, Tensor codes, int rows, " TABLES ", Tensor? bias, bool relu) -> Tensor");
-  SLIM_DEF("codebook_conv2d", "(Tensor x, Tensor codebook, Tensor codes, int rows, " TABLES ", Tensor? bias, " GEOMETRY
-                              ", bool relu) -> Tensor");
+  m.def("codebook_cuda_plan(Tensor codes, int rows, int width, int bits, int groups) -> Tensor");
+  SLIM_DEF("codebook_linear", "(Tensor x, Tensor codebook, Tensor codes, Tensor? plan, int rows, " TABLES
+                              ", Tensor? bias, bool relu) -> Tensor");
+  SLIM_DEF("codebook_conv2d", "(Tensor x, Tensor codebook, Tensor codes, Tensor? plan, int rows, " TABLES
+                              ", Tensor? bias, " GEOMETRY ", bool relu) -> Tensor");
   m.def("codebook_decode(Tensor codebook, Tensor codes, int rows, int width, int bits, int group_size) -> Tensor");
   m.def("codebook_sum_members(Tensor grad_weight, Tensor codes, " TABLES ") -> Tensor");
 
@@ -150,5 +152,15 @@ STABLE_TORCH_LIBRARY_IMPL(SLIM_LIBRARY, SLIM_CUDA_KEY, m) {
   m.impl("binary_linear_to_bits", TORCH_BOX(&slim::cuda::binary_linear_to_bits));
   m.impl("binary_conv2d_to_bits", TORCH_BOX(&slim::cuda::binary_conv2d_to_bits));
   m.impl("binary_scale_dots", TORCH_BOX(&slim::cuda::binary_scale_dots));
+
+  SLIM_IMPL("codebook_linear", slim::cuda::codebook_linear);
+  SLIM_IMPL("codebook_conv2d", slim::cuda::codebook_conv2d);
+  m.impl("codebook_decode", TORCH_BOX(&slim::cuda::codebook_decode));
+  m.impl("codebook_sum_members", TORCH_BOX(&slim::cuda::codebook_sum_members));
 }
 #endif
+
+// What CUDA kernels want precomputed is made on the CPU, by builds without CUDA too.
+STABLE_TORCH_LIBRARY_IMPL(SLIM_LIBRARY, CPU, m) {
+  m.impl("codebook_cuda_plan", TORCH_BOX(&slim::cuda::codebook::plan));
+}

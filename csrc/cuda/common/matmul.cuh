@@ -38,7 +38,7 @@
 // * load(stage, step) may run while other threads still do the products of step - kStages + 1 and later ones.
 //
 // A step in flight takes a stage of shared memory: activations, then the policy's bytes. While one step is multiplied,
-// kStages - 1 others are on their way. Within a step fragments are loaded one k ahead of their products.
+// kStages - 1 others are on their way. Within a step fragments of 16-bit numbers are loaded one k ahead of their products.
 //
 // float32 runs as three products of tf32: each factor is split into hi + lo, 11 bits each, and hi hi + hi lo + lo hi is
 // summed; what is left out is below 2^-22 of a product.
@@ -136,7 +136,7 @@ __device__ __forceinline__ void split_tf32(const uint32_t (&v)[kCount], uint32_t
 }
 
 // d[i][j] += a[i] b[j]. kTf32: a is exact in tf32.
-template <class T, bool kTf32, int kI, int kJ>
+template <class T, bool kTf32 = false, int kI, int kJ>
 __device__ __forceinline__ void multiply(float (&d)[kI][kJ][4], const uint32_t (&a)[kI][4],
                                          const uint32_t (&b)[kJ][2]) {
   if constexpr (sizeof(T) == 2) {
@@ -265,15 +265,19 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) matmul_kernel(c
       w.expand(raw, step);
       sync_threads();
     }
-    uint32_t a[2][kI][4], b[2][kJ][2];
+    constexpr int kBuffers = sizeof(T) == 2 ? 2 : 1;
+    uint32_t a[kBuffers][kI][4], b[kBuffers][kJ][2];
+    const auto fragments = [&](int s) {
+      X::fragment(b[s % kBuffers], stage, warp_column, s * kK);
 #pragma unroll
-    for (int s = 0; s <= kSteps; ++s) {
-      if (s < kSteps) {
-        X::fragment(b[s % 2], stage, warp_column, s * kK);
+      for (int i = 0; i < kI; ++i) w.fragment(a[s % kBuffers][i], raw, step, warp_row + 16 * i, s * kK);
+    };
+    fragments(0);
 #pragma unroll
-        for (int i = 0; i < kI; ++i) w.fragment(a[s % 2][i], raw, step, warp_row + 16 * i, s * kK);
-      }
-      if (s > 0) multiply<T, IsTf32<W>::value>(d, a[(s + 1) % 2], b[(s + 1) % 2]);
+    for (int s = 0; s < kSteps; ++s) {
+      if (kBuffers == 2 && s + 1 < kSteps) fragments(s + 1);
+      multiply<T, IsTf32<W>::value>(d, a[s % kBuffers], b[s % kBuffers]);
+      if (kBuffers == 1 && s + 1 < kSteps) fragments(s + 1);
     }
     if (next < steps) x.store(into);
     free = slot;
@@ -401,8 +405,7 @@ __global__ void __launch_bounds__(kReduceThreads) reduce_kernel(const ReducePara
     if constexpr (HasExact<W>::value) {
       if (sum != sum) {
         const int64_t of_group = p.n / p.m.a.groups, row = i / p.inner % p.n;
-        sum = W::exact(p.m.w, p.m.a, int(row / of_group), row % of_group,
-                       i / (p.inner * p.n) * p.inner + i % p.inner);
+        sum = W::exact(p.m.w, p.m.a, int(row / of_group), row % of_group, i / (p.inner * p.n) * p.inner + i % p.inner);
       }
     }
     if constexpr (HasScale<W>::value) sum *= W::scale(p.m.w, i / p.inner % p.n);

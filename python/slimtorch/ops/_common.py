@@ -159,7 +159,7 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def widened(tensor: Tensor) -> Tensor:
     """``tensor``, of bfloat16 in float32: gradients of shared weights are summed before they are rounded."""
-    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def sum_to_bias(grad: Tensor, dims: list[int]) -> Tensor:
