@@ -195,7 +195,7 @@ def test_threads_come_back_after_an_error():
     assert torch.get_num_threads() == before
 
 
-# --- on a GPU, as far as that shows without one ---------------------------------------------------------------------------
+# --- on a GPU, as far as that shows without one -----------------------------------------------------------------------
 
 
 class FakeCuda:
