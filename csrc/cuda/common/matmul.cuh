@@ -215,9 +215,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) matmul_kernel(c
   constexpr int kSteps = Tile::kDepth / kK;
   constexpr int kI = Tile::kRows / Tile::kWarpsR / 16, kJ = X::kTiles;
   constexpr int kSlab = SlabOf<W>::value;
-  static_assert(!(HasScale<W>::value && kExact), "sums that are asked for anew have no scale");
   using Exact = typename ExactOf<W>::type;
   constexpr bool kExact = !std::is_same_v<Exact, NoExact>;
+  static_assert(!(HasScale<W>::value && kExact), "sums that are asked for anew have no scale");
   static_assert(Tile::kDepth % kK == 0, "a step is made of whole products");
 
   unsigned char* const stages = dynamic_shared();
