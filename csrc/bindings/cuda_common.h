@@ -51,8 +51,8 @@ class Call {
 #endif
     info_ = device_info(device_);
     STD_TORCH_CHECK(info_, "CUDA: device ", device_, " does not answer");
-    STD_TORCH_CHECK(info_->major >= 8, "CUDA: expected a GPU of compute capability 8.0 or later, got ", info_->major, ".",
-                    info_->minor);
+    STD_TORCH_CHECK(info_->major >= 8, "CUDA: expected a GPU of compute capability 8.0 or later, got ", info_->major,
+                    ".", info_->minor);
   }
   ~Call() {
 #ifdef SLIM_CUDA_HOST
@@ -81,8 +81,15 @@ class Call {
   const int32_t* in_int32(const Tensor& t, const char* name) { return in<int32_t>(t, name, ScalarType::Int); }
   const uint8_t* in_bytes(const Tensor& t, const char* name) { return in<uint8_t>(t, name, ScalarType::Byte); }
 
-  // Memory that kernels write (and may read).
+  // Memory that kernels write (and may read): fresh, so that nothing may be expected of what it holds.
   void* out(Tensor& t) {
+#ifdef SLIM_CUDA_HOST
+    std::memset(t.mutable_data_ptr(), 0xff, size_t(bytes_of(t)));
+#endif
+    return in_out(t);
+  }
+  // The same, but filled already.
+  void* in_out(Tensor& t) {
 #ifdef SLIM_CUDA_HOST
     host::add_memory(t.const_data_ptr(), bytes_of(t), true);
 #endif
@@ -126,7 +133,8 @@ inline Tensor workspace(const Tensor& x, int64_t bytes) {
 }
 
 // Activations of x: [..., k] -> y: [..., n].
-inline Activations linear(Call& call, const Tensor& x, Tensor& y, int64_t n, const std::optional<Tensor>& bias, bool relu) {
+inline Activations linear(Call& call, const Tensor& x, Tensor& y, int64_t n, const std::optional<Tensor>& bias,
+                          bool relu) {
   Activations a{};
   a.type = cuda_dtype(x, "x");
   a.x = call.in(x, "x");
@@ -142,8 +150,8 @@ inline Activations linear(Call& call, const Tensor& x, Tensor& y, int64_t n, con
 }
 
 // Of a convolution with n output channels in all groups.
-inline Activations conv2d(Call& call, const Tensor& x, Tensor& y, const ConvGeometry& geometry, int64_t n, int64_t groups,
-                          const std::optional<Tensor>& bias, bool relu) {
+inline Activations conv2d(Call& call, const Tensor& x, Tensor& y, const ConvGeometry& geometry, int64_t n,
+                          int64_t groups, const std::optional<Tensor>& bias, bool relu) {
   STD_TORCH_CHECK(groups > 0 && geometry.channels % groups == 0 && n % groups == 0,
                   "groups: expected a divisor of the channels");
   Activations a{};

@@ -35,7 +35,8 @@ const char* launch(void (*kernel)(Params), const Launch& l, const Params& p) {
   cudaGetLastError();  // said here; nobody else is to find it
   return cudaGetErrorString(error);
 #else
-  return host::launch(l.name, l.grid, l.block, l.shared_bytes, &p, sizeof p, [&] { kernel(p); });
+  return host::launch(l.name, reinterpret_cast<const void*>(kernel), l.grid, l.block, l.shared_bytes,
+                      [&] { kernel(p); });
 #endif
 }
 

@@ -33,9 +33,9 @@ inline int64_t columns_of(const Activations& a) {
 
 // What heuristics need to know of a device.
 struct DeviceInfo {
-  int major, minor;            // compute capability
-  int multiprocessors;         // SMs
-  int shared_per_block;        // bytes a block may ask for
+  int major, minor;      // compute capability
+  int multiprocessors;   // SMs
+  int shared_per_block;  // bytes a block may ask for
 };
 
 // Of device `index`, asked for once. Null if CUDA does not answer.

@@ -11,6 +11,14 @@ from torch import Tensor
 
 INDEX_LIMIT = 2**31 - 1
 
+# Where tensors are the CUDA kernels' (tests add the CPU, when those run in the emulator).
+GPU_DEVICE_TYPES = frozenset({"cuda"})
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether the kernels for ``tensor`` are those of csrc/cuda: their plans differ from the CPU's."""
+    return tensor.device.type in GPU_DEVICE_TYPES
+
 
 class WithPlans:
     """A format that keeps execution plans beside its tensors, in ``_plans``: they are never copied or saved."""
