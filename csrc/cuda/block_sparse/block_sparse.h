@@ -8,8 +8,9 @@
 
 namespace slim::cuda::block_sparse {
 
-constexpr int kSlice = 16;
-constexpr int kSliceGroup = 4;
+constexpr int kCell = 16;   // rows that tensor cores multiply at once
+constexpr int kStep = 64;   // k that plans group, so that any step of the main loop is whole
+constexpr int kUnit = 8;    // values that offsets in plans count
 
 // The sizes that decide how a weight is multiplied; host only.
 struct Shape {
@@ -23,24 +24,26 @@ struct Shape {
   int64_t row_extent() const { return transposed ? c : r; }
   int64_t depth_extent() const { return transposed ? r : c; }
 
-  // Tensor cores take blocks whose depth is a multiple of a slice, with values aligned to 16 numbers. Groups must
-  // not share block rows: a tile belongs to one group.
+  // Tensor cores take blocks whose depth is made of slices, with rows of values aligned to 16 bytes. Groups must not
+  // share block rows: a tile belongs to one group.
   bool tiled() const {
-    if (rows == 0 || width == 0 || c % kSlice || (transposed && r % kSlice)) return false;
-    return (groups == 1 || rows / groups % r == 0) && blocks * r * c / kSlice <= INT32_MAX;
+    if (rows == 0 || width == 0 || c % kUnit || depth_extent() % kUnit) return false;
+    return (groups == 1 || rows / groups % r == 0) && blocks * r * c / kUnit <= INT32_MAX;
   }
+  // k of a slice.
+  int64_t slice() const { return depth_extent() % 16 ? 8 : 16; }
   // How many offsets a cell needs: rows of one block that follow each other share one.
-  int64_t parts() const { return kSlice / std::gcd(row_extent(), int64_t(kSlice)); }
+  int64_t parts() const { return kCell / std::gcd(row_extent(), int64_t(kCell)); }
   // Tall blocks fill a tile of 64 rows; lower ones share activations with more rows (their slices' union is loaded).
   int64_t tile_rows() const { return row_extent() % 64 == 0 || group_rows() <= 128 ? 64 : 256; }
   int64_t tiles_per_group() const { return (group_rows() + tile_rows() - 1) / tile_rows(); }
   int64_t tiles() const { return groups * tiles_per_group(); }
-  int64_t slice_words() const { return 1 + tile_rows() / kSlice * parts(); }
+  int64_t slice_words() const { return 1 + tile_rows() / kCell * parts(); }
   // Words before the depths, and slices in a tiled plan of this many words; -1 if it cannot be one.
   int64_t head_words() const { return (2 * tiles() + 1 + 3) / 4 * 4; }
   int64_t slices(int64_t words) const {
     const int64_t rest = words - head_words();
-    return rest >= 0 && rest % (slice_words() * kSliceGroup) == 0 ? rest / slice_words() : -1;
+    return rest >= 0 && rest % (slice_words() * (kStep / slice())) == 0 ? rest / slice_words() : -1;
   }
   int64_t block_columns() const { return (width + c - 1) / c; }
 };

@@ -2,11 +2,11 @@
 // What a GPU wants to know of the positions beforehand: int32 words that a host derives and the device reads. Their
 // layout follows from sizes that the host knows at every call, so that no call waits for the device.
 //
-// On tensor cores the weight (or its transpose) is cut into tiles of R rows, cells of 16 rows and slices of 16 k:
+// On tensor cores the weight (or its transpose) is cut into tiles of R rows, cells of 16 rows and slices of 16 (or 8) k:
 //
 //              slice 0    slice 1    slice 2    slice 3
 //   depth         0         32         48        160        where the slice begins; only slices with a stored cell
-//   cell 0     [16 x 16]             [16 x 16]              a cell is found by the offset of its first value / 16,
+//   cell 0     [16 x 16]             [16 x 16]              a cell is found by the offset of its first value / 8,
 //   cell 1                [16 x 16]  [16 x 16]              -1 where nothing is stored
 //   …                                           [16 x 16]
 //
@@ -14,7 +14,7 @@
 // that are no multiple of 16 high share cells: each cell then has `parts` offsets, one for every 16 / parts rows.
 //
 //   words   order [tiles]                 tiles by falling number of slices: the longest start first
-//           offsets [tiles + 1]           into the slices, in units of kSliceGroup (each tile is padded with empty ones)
+//           offsets [tiles + 1]           into the slices, in steps of 64 k (each tile is padded with empty slices)
 //           depths [slices]
 //           cells [slices][R / 16][parts]
 //
@@ -75,9 +75,10 @@ inline const char* build_plan(const Shape& s, const int32_t* columns, const int3
   const int32_t* line_offsets = s.transposed ? offsets.data() : row_offsets;
   const int32_t* line_at = s.transposed ? at.data() : columns;
 
-  const int64_t tiles = s.tiles(), tile_rows = s.tile_rows(), parts = s.parts(), part_rows = kSlice / parts;
-  const int64_t per_tile = tile_rows / kSlice * parts, depth = s.group_depth();
-  const int64_t extent = s.row_extent(), depth_extent = s.depth_extent(), per_block = depth_extent / kSlice;
+  const int64_t tiles = s.tiles(), tile_rows = s.tile_rows(), parts = s.parts(), part_rows = kCell / parts;
+  const int64_t per_tile = tile_rows / kCell * parts, depth = s.group_depth();
+  const int64_t extent = s.row_extent(), depth_extent = s.depth_extent(), slice_depth = s.slice();
+  const int64_t per_block = depth_extent / slice_depth, per_step = kStep / slice_depth;
   std::vector<int32_t> starts(size_t(tiles + 1), 0), depths, cells;
   std::vector<int32_t> place(size_t((depth + depth_extent - 1) / depth_extent));  // of a block's slices in the tile
   std::vector<int32_t> present;
@@ -100,11 +101,11 @@ inline const char* build_plan(const Shape& s, const int32_t* columns, const int3
     for (const int32_t p : present) {
       place[size_t(p)] = int32_t(depths.size() - size_t(first));
       for (int64_t k = 0; k < per_block; ++k)
-        if (p * depth_extent + k * kSlice < depth) depths.push_back(int32_t(p * depth_extent + k * kSlice));
+        if (p * depth_extent + k * slice_depth < depth) depths.push_back(int32_t(p * depth_extent + k * slice_depth));
     }
-    while ((int64_t(depths.size()) - first) % kSliceGroup) depths.push_back(int32_t(depth));  // beyond the edge: zeros
+    while ((int64_t(depths.size()) - first) % per_step) depths.push_back(int32_t((depth + 15) / 16 * 16));  // beyond the edge: zeros
     if (int64_t(depths.size()) > INT32_MAX) return "too many blocks for a plan";
-    starts[size_t(tile + 1)] = int32_t(depths.size() / kSliceGroup);
+    starts[size_t(tile + 1)] = int32_t(depths.size() / per_step);
     cells.resize(depths.size() * size_t(per_tile), -1);
     for (int64_t row = row0; row < end; row += part_rows) {
       const int64_t line = row / extent, inner = row % extent;
@@ -112,10 +113,10 @@ inline const char* build_plan(const Shape& s, const int32_t* columns, const int3
         const int64_t block_at = line_at[i] - at_base;
         if (block_at < 0 || block_at >= at_count) continue;
         const int64_t block = s.transposed ? ids[size_t(i)] : i;
-        for (int64_t k = 0; k < per_block && block_at * depth_extent + k * kSlice < depth; ++k) {
+        for (int64_t k = 0; k < per_block && block_at * depth_extent + k * slice_depth < depth; ++k) {
           const int64_t slice = first + place[size_t(block_at)] + k;
-          const int64_t value = s.transposed ? k * kSlice * s.c + inner : inner * s.c + k * kSlice;
-          cells[size_t(slice * per_tile + (row - row0) / part_rows)] = int32_t((block * s.r * s.c + value) / kSlice);
+          const int64_t value = s.transposed ? k * slice_depth * s.c + inner : inner * s.c + k * slice_depth;
+          cells[size_t(slice * per_tile + (row - row0) / part_rows)] = int32_t((block * s.r * s.c + value) / kUnit);
         }
       }
     }
