@@ -21,7 +21,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TOOLS := $(VENV)/.tools-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
 BUILT := $(VENV)/.built
-BUILD_FILES := CMakeLists.txt pyproject.toml $(wildcard cmake/*) $(shell find csrc -type f)
+BUILD_FILES := CMakeLists.txt pyproject.toml $(wildcard cmake/*) $(shell find csrc tests/cuda_host -type f)
 CPP := $(filter %.h %.cpp %.cu %.cuh,$(BUILD_FILES))
 
 .PHONY: help build demo test lint format wheel sanitize peers bench tables clean distclean
@@ -41,12 +41,13 @@ $(TOOLS): | $(BIN)/python
 	@rm -f $(VENV)/.tools-*
 	@touch $@
 
-# AVX-512 kernels are built a second time in a form that any AVX2 machine can run, so that tests reach them everywhere.
+# For tests, AVX-512 kernels are built a second time in a form that any AVX2 machine can run, and the CUDA kernels for an
+# emulator that needs no GPU.
 $(BUILT): $(TOOLS) $(BUILD_FILES)
 	@command -v nvcc > /dev/null || echo "no nvcc found: building for the CPU only"
 	@echo "building slimtorch (some minutes)"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation --config-settings=build-dir=build/editable \
-	  --config-settings=cmake.define.SLIM_EMULATED_AVX512=ON -e '.[test,experiments,lint]'
+	  --config-settings=cmake.define.SLIM_EMULATED_AVX512=ON --config-settings=cmake.define.SLIM_CUDA_HOST=ON -e '.[test,experiments,lint]'
 	@touch $@
 
 build: $(BUILT) ## Make .venv and build the package in it, editable

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The devices that CUDA kernels are tested on: the emulator in its two modes (tests/cuda_host), and a GPU if there is one.
+"""The devices that CUDA kernels are tested on: the emulator in its two modes, and a GPU if there is one.
 
-A test takes ``device`` and calls ``device.ops.sparse_linear(...)`` on tensors from ``device.move``: on the emulator these
-stay on the CPU, and any finding (race, out of bounds, misaligned, divergence, deadlock) is a RuntimeError.
+A test takes ``device`` and calls ``device.ops.sparse_linear(...)`` on tensors from ``device.move``: on the emulator
+(tests/cuda_host) these stay on the CPU, and any finding (race, out of bounds, misaligned, divergence, deadlock) is a
+RuntimeError.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -58,7 +59,7 @@ _registered: set[str] = set()
 
 
 @pytest.fixture
-def wrappers(device: Device, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
+def wrappers(device: Device, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     """``wrappers("sparse")`` is slimtorch.ops.sparse with its operators on ``device``, gradients included."""
 
     def of(family: str) -> Any:
@@ -76,4 +77,21 @@ def wrappers(device: Device, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
                     )
         return module
 
-    yield of
+    return of
+
+
+_LAST = "test_every_kernel.py"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What looks back on all other tests comes after them."""
+    items.sort(key=lambda item: item.path.name == _LAST)
+
+
+@pytest.fixture
+def whole_folder(request: pytest.FixtureRequest) -> bool:
+    """Whether no test of this folder was left out of the run."""
+    here = request.path.parent
+    selected = {item.path.name for item in request.session.items if item.path.parent == here}
+    everything = {path.name for path in here.glob("test_*.py")}
+    return selected == everything and not request.config.getoption("keyword")

@@ -90,4 +90,4 @@ def test_counts() -> None:
     assert (
         after["warp_instructions"] - before["warp_instructions"] == 4 * 2 * 3
     )  # warps, depth / 16, two loads and an mma
-    assert len(after["kernels"]["planted::matmul"]) == 1
+    assert len(after["kernels_lazy"]["planted::matmul"]) == 1

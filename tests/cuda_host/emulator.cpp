@@ -125,7 +125,7 @@ struct Fiber {
 };
 
 struct Warp {
-  int arrived;               // lanes at a warp-wide instruction
+  int arrived, first;        // lanes at a warp-wide instruction, and the first of them
   uint32_t epoch;            // advances where lanes of the warp are ordered among each other
   uint32_t seen[kMaxWarps];  // the last epoch of each warp that this one is ordered after
 };
@@ -162,7 +162,7 @@ struct State {
   bool failed = false;
   std::string error;
   // of the block
-  int threads = 0, warps = 0, alive = 0, at_barrier = 0, current = 0;
+  int threads = 0, warps = 0, alive = 0, at_barrier = 0, first_at_barrier = 0, current = 0;
   uint32_t block_serial = 0;
   int shared_bytes = 0;
   void* scheduler = nullptr;
@@ -510,13 +510,10 @@ unsigned atomic_add(unsigned* p, unsigned v) {
 void warp_call(void (*all)(void* const*), void* lane, const Place& place) {
   const int me = g.current, first = me / kWarp * kWarp;
   Warp& warp = g.warp[warp_of(me)];
-  for (int t = first; t < first + kWarp; ++t) {
-    const Fiber& f = g.fibers[t];
-    if (f.wait != Wait::warp) continue;
-    if (f.all != all || f.place.line != place.line)
-      fail(place, "divergent warp: " + where(t, f.place) + " waits at another instruction");
-    break;
-  }
+  if (warp.arrived == 0) warp.first = me;
+  const Fiber& other = g.fibers[warp.first];
+  if (warp.arrived > 0 && (other.all != all || other.place.line != place.line))
+    fail(place, "divergent warp: " + where(warp.first, other.place) + " waits at another instruction");
   Fiber& f = g.fibers[me];
   f.lane = lane;
   f.all = all;
@@ -537,14 +534,14 @@ void warp_call(void (*all)(void* const*), void* lane, const Place& place) {
 void warp_barrier(const Place& place) { warp_call(nullptr, nullptr, place); }
 
 void block_barrier(const Place& place) {
-  for (int t = 0; t < g.threads; ++t) {
-    const Fiber& f = g.fibers[t];
-    if (f.wait == Wait::ended)
+  for (int t = 0; t < g.threads && g.alive < g.threads; ++t)
+    if (g.fibers[t].wait == Wait::ended)
       fail(place, "barrier of the block after warp " + std::to_string(t / kWarp) + ", lane " +
                       std::to_string(t % kWarp) + " has ended");
-    if (f.wait == Wait::block && f.place.line != place.line)
-      fail(place, "divergent barrier: " + where(t, f.place) + " waits at another one");
-  }
+  if (g.at_barrier == 0) g.first_at_barrier = g.current;
+  const Place& first = g.fibers[g.first_at_barrier].place;
+  if (g.at_barrier > 0 && first.line != place.line)
+    fail(place, "divergent barrier: " + where(g.first_at_barrier, first) + " waits at another one");
   if (++g.at_barrier < g.threads) return wait(Wait::block, place);
   g.at_barrier = 0;
   bool everyone[kMaxWarps];
@@ -770,7 +767,7 @@ const char* run(const char* name, const void* kernel, dim3 grid, dim3 block, int
   gridDim = grid;
   ++g.statistics.launches;
   g.statistics.threads += int64_t(grid.x) * grid.y * grid.z * threads;
-  g.statistics.kernels[name].insert(offset_of(kernel));
+  g.statistics.kernels[int(g.mode)][name].insert(offset_of(kernel));
   for (unsigned z = 0; z < grid.z && !g.failed; ++z)
     for (unsigned y = 0; y < grid.y && !g.failed; ++y)
       for (unsigned x = 0; x < grid.x && !g.failed; ++x) {

@@ -57,7 +57,8 @@ PYBIND11_MODULE(_cuda_host, m) {
     out["threads"] = s.threads;
     out["warp_instructions"] = s.warp_instructions;
     out["copies"] = s.copies;
-    out["kernels"] = s.kernels;
+    out["kernels_lazy"] = s.kernels[int(host::Mode::lazy)];
+    out["kernels_eager"] = s.kernels[int(host::Mode::eager)];
     return out;
-  }, "Counts since the module was loaded, and by name the offsets in the module of kernels that ran.");
+  }, "Counts since the module was loaded, and by mode and name the offsets in the module of kernels that ran.");
 }

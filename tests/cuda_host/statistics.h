@@ -13,7 +13,8 @@ namespace slim::cuda::host {
 
 struct Statistics {
   int64_t launches = 0, threads = 0, warp_instructions = 0, copies = 0;
-  std::map<std::string, std::set<uintptr_t>> kernels;  // by name, where in the module (see nm) each is that has run
+  // By mode and name: where in the module (see nm) each kernel is that has run.
+  std::map<std::string, std::set<uintptr_t>> kernels[2];
 };
 
 Statistics& statistics();

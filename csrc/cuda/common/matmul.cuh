@@ -26,6 +26,10 @@
 //   weights must be finite.
 // * Optional: `static constexpr int kSlab` (a divisor of Tile::kDepth, a multiple of 8) and `depth(int step, int slab)`
 //   instead of depth(step): a step is then put together of slabs that lie anywhere in k, as blocks do.
+// * Optional, where zeros that are not stored are multiplied too, which would turn a NaN or Inf among the activations into
+//   NaN in all rows: `static __device__ float exact(const Params&, const Activations&, int group, int64_t row, int64_t
+//   column)`, the sum of one output (row within the group) over stored weights alone. Every sum that is NaN is asked for
+//   anew. (One that is Inf is right: a zero times Inf would have made it NaN.)
 // * depth() is asked in every step before its loads: keep what it needs in registers or the block's shared memory.
 // * expand() may write to the block's shared memory: a barrier stands between it and the products of the step before.
 // * load(stage, step) may run while other threads still do the products of step - kStages + 1 and later ones.
@@ -72,6 +76,11 @@ struct SlabOf<W, std::void_t<decltype(W::kSlab)>> {
   static constexpr int value = W::kSlab;
 };
 
+template <class W, class = void>
+struct HasExact : std::false_type {};
+template <class W>
+struct HasExact<W, std::void_t<decltype(&W::exact)>> : std::true_type {};
+
 template <class W, bool kConv, class Tile>
 struct MatmulShape {
   using T = typename W::Value;
@@ -86,12 +95,31 @@ struct MatmulShape {
   static_assert(W::kStageBytes % 16 == 0 && W::kBlockBytes % 16 == 0, "memory in chunks of 16 bytes");
 };
 
-// v = hi + lo but for its last bit or two, both exact in tf32. Inf and NaN: all in hi. What would round to Inf is cut off.
-__device__ __forceinline__ void split_tf32(uint32_t v, uint32_t& hi, uint32_t& lo) {
-  const bool finite = (v & 0x7f800000u) != 0x7f800000u;
-  hi = to_tf32(as_float(v));
-  if (finite && (hi & 0x7f800000u) == 0x7f800000u) hi = v & 0xffffe000u;
-  lo = finite ? to_tf32(as_float(v) - as_float(hi)) : 0;
+// v = hi + lo but for its last bit or two, both exact in tf32. Inf and NaN go to lo, with 1 for hi: each lo meets the hi of
+// the other factor alone, so that Inf does not become NaN by a lo of 0. Finite numbers that would round to Inf are cut off.
+template <int kCount>
+__device__ __forceinline__ void split_tf32(const uint32_t (&v)[kCount], uint32_t (&hi)[kCount],
+                                           uint32_t (&lo)[kCount]) {
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    hi[i] = to_tf32(as_float(v[i]));
+    lo[i] = to_tf32(as_float(v[i]) - as_float(hi[i]));
+    const uint32_t magnitude = v[i] & 0x7fffffffu;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  if (largest < 0x7f7ff000u) return;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const uint32_t magnitude = v[i] & 0x7fffffffu;
+    if (magnitude >= 0x7f800000u) {
+      hi[i] = (v[i] & 0x80000000u) | 0x3f800000u;
+      lo[i] = to_tf32(as_float(v[i]));
+    } else if (magnitude >= 0x7f7ff000u) {
+      hi[i] = v[i] & 0xffffe000u;
+      lo[i] = to_tf32(as_float(v[i]) - as_float(hi[i]));
+    }
+  }
 }
 
 // d[i][j] += a[i] b[j].
@@ -106,14 +134,11 @@ __device__ __forceinline__ void multiply(float (&d)[kI][kJ][4], const uint32_t (
   } else {
     uint32_t b_hi[kJ][2], b_lo[kJ][2];
 #pragma unroll
-    for (int j = 0; j < kJ; ++j)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) split_tf32(b[j][h], b_hi[j][h], b_lo[j][h]);
+    for (int j = 0; j < kJ; ++j) split_tf32(b[j], b_hi[j], b_lo[j]);
 #pragma unroll
     for (int i = 0; i < kI; ++i) {
       uint32_t a_hi[4], a_lo[4];
-#pragma unroll
-      for (int h = 0; h < 4; ++h) split_tf32(a[i][h], a_hi[h], a_lo[h]);
+      split_tf32(a[i], a_hi, a_lo);
 #pragma unroll
       for (int j = 0; j < kJ; ++j) mma_m16n8k8_tf32(d[i][j], a_lo, b_hi[j]);
 #pragma unroll
@@ -261,6 +286,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) matmul_kernel(c
 
   sync_threads();
   T* const result = reinterpret_cast<T*>(stages);
+  bool nan = false;
 #pragma unroll
   for (int i = 0; i < kI; ++i)
 #pragma unroll
@@ -274,10 +300,27 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) matmul_kernel(c
         for (int h = 0; h < 2; ++h) {
           const int column = lane_column + 8 * j + h;
           float sum = d[i][j][2 * v + h] + bias;
+          if constexpr (HasExact<W>::value) nan |= sum != sum;
           if (p.a.relu && sum < 0.0f) sum = 0.0f;
           result[kConv ? row * Shape::kLine + column : column * Shape::kLine + row] = from_float<T>(sum);
         }
     }
+  if constexpr (HasExact<W>::value) {
+    // Rare, so small code: each thread looks through what it has just written.
+    if (nan) {
+#pragma unroll 1
+      for (int e = 0; e < kI * kJ * 4; ++e) {
+        const int row = lane_row + e / (4 * kJ) * 16 + (e & 2) * 4, column = lane_column + e / 4 % kJ * 8 + (e & 1);
+        T& at = result[kConv ? row * Shape::kLine + column : column * Shape::kLine + row];
+        const float old = to_float(at);
+        if (row >= out.rows || column >= out.columns || old == old) continue;
+        float sum = W::exact(p.w, p.a, group, row0 + row, column0 + column);
+        if (p.a.bias) sum += to_float(load_constant(static_cast<const T*>(p.a.bias) + out.row0 + row));
+        if (p.a.relu && sum < 0.0f) sum = 0.0f;
+        at = from_float<T>(sum);
+      }
+    }
+  }
   sync_threads();
   constexpr int kPer = 16 / int(sizeof(T));
   T* const y = static_cast<T*>(p.a.y);
@@ -312,6 +355,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) matmul_kernel(c
 }
 
 // Adds up the shares of a split sum, always in the same order.
+template <class W>
 struct ReduceParams {
   const float* partial;  // [splits][as y]
   void* y;
@@ -319,16 +363,25 @@ struct ReduceParams {
   int splits;
   bool relu;
   int64_t total, n, inner;  // entries of y; rows; entries from one row of y to the next
+  MatmulParams<W> m;        // for exact()
 };
 
 constexpr int kReduceThreads = 256;
 
-template <class T>
-__global__ void __launch_bounds__(kReduceThreads) reduce_kernel(const ReduceParams p) {
+template <class W>
+__global__ void __launch_bounds__(kReduceThreads) reduce_kernel(const ReduceParams<W> p) {
+  using T = typename W::Value;
   for (int64_t i = int64_t(blockIdx.x) * kReduceThreads + threadIdx.x; i < p.total;
        i += int64_t(gridDim.x) * kReduceThreads) {
     float sum = 0.0f;
     for (int s = 0; s < p.splits; ++s) sum += p.partial[s * p.total + i];
+    if constexpr (HasExact<W>::value) {
+      if (sum != sum) {
+        const int64_t of_group = p.n / p.m.a.groups, row = i / p.inner % p.n;
+        sum = W::exact(p.m.w, p.m.a, int(row / of_group), row % of_group,
+                       i / (p.inner * p.n) * p.inner + i % p.inner);
+      }
+    }
     if (p.bias) sum += to_float(load_constant(static_cast<const T*>(p.bias) + i / p.inner % p.n));
     if (p.relu && sum < 0.0f) sum = 0.0f;
     static_cast<T*>(p.y)[i] = from_float<T>(sum);

@@ -38,7 +38,6 @@ inline const char* check_geometry(const Activations& a) {
 template <class W, bool kConv, class Tile>
 const char* matmul(const char* name, const Activations& a, const typename W::Params& w, int splits, float* partial,
                    void* stream) {
-  using T = typename W::Value;
   if (const char* error = check_geometry(a)) return error;
   const int64_t columns = columns_of(a), blocks = matmul_blocks<Tile>(a) * splits;
   if (blocks > INT32_MAX) return "too many tiles for one grid";
@@ -49,10 +48,10 @@ const char* matmul(const char* name, const Activations& a, const typename W::Par
       launch(matmul_kernel<W, kConv, Tile>,
              {name, dim3(unsigned(blocks)), dim3(Tile::kThreads), matmul_shared<W, kConv, Tile>(), stream}, p);
   if (error || splits == 1) return error;
-  ReduceParams r{partial, a.y, a.bias, splits, a.relu, a.n * columns, a.n, 1};
+  ReduceParams<W> r{partial, a.y, a.bias, splits, a.relu, a.n * columns, a.n, 1, p};
   if (kConv) r.inner = a.geometry.out_h * a.geometry.out_w;
   const int64_t wanted = (r.total + kReduceThreads - 1) / kReduceThreads;
-  return launch(reduce_kernel<T>,
+  return launch(reduce_kernel<W>,
                 {"reduce", dim3(unsigned(wanted < 65535 ? wanted : 65535)), dim3(kReduceThreads), 0, stream}, r);
 }
 

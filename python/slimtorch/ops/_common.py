@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slimtorch import _C
+
 Activation = Literal["relu"] | None
 Pair = tuple[int, int]
 
@@ -17,6 +19,8 @@ Pair = tuple[int, int]
 KERNEL_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "cpu": (torch.float32, torch.bfloat16, torch.float64),
 }
+if _C.cuda_archs():
+    KERNEL_DTYPES["cuda"] = (torch.float32, torch.float16, torch.bfloat16)
 _warned: set[tuple[str, str, torch.dtype]] = set()
 
 
