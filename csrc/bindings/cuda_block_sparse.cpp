@@ -1,28 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // torch.ops.slimtorch.block_sparse_* on CUDA tensors. Compiled by the host compiler; kernels are behind a header of plain
 // structs.
+#include "bindings/cuda_block_sparse.h"
 #include "bindings/cuda_common.h"
-#include "cuda/block_sparse/block_sparse.h"
-#include "cuda/block_sparse/block_sparse_plan.h"
 
 namespace slim::cuda {
 
-namespace {
-
+using block_sparse::checked_shape;
 using block_sparse::Shape;
 
-// Sizes checked so that no index of a kernel can leave its tensor, provided that the positions themselves are valid.
-Shape checked_shape(const Tensor& columns, const Tensor& row_offsets, int64_t rows, int64_t width, int64_t r, int64_t c,
-                    int64_t groups, bool transposed) {
-  STD_TORCH_CHECK(r > 0 && c > 0 && r <= 65535 && c <= 65535, "block_size: expected extents from 1 to 65535");
-  STD_TORCH_CHECK(
-      rows >= 0 && rows <= INT32_MAX && width >= 0 && groups > 0 && rows % groups == 0 && width <= INT32_MAX / groups,
-      "groups: expected a divisor of the rows");
-  STD_TORCH_CHECK(columns.dim() == 1 && row_offsets.dim() == 1 && columns.numel() <= INT32_MAX &&
-                      row_offsets.numel() == (rows + r - 1) / r + 1,
-                  "block_row_offsets: expected ceil(rows / r) + 1");
-  return {rows, width, r, c, groups, columns.numel(), transposed};
-}
+namespace {
 
 void check_values(const Tensor& values, const Tensor& x, const Tensor& columns) {
   STD_TORCH_CHECK(values.scalar_type() == x.scalar_type() && values.dim() == 3 && values.size(0) == columns.numel(),
@@ -42,10 +29,8 @@ block_sparse::Blocks blocks_of(Call& call, const Shape& s, const Tensor& columns
 }
 
 void check_x(const Tensor& x, const char* name, bool conv) {
-  if (conv)
-    STD_TORCH_CHECK(x.dim() == 4, name, ": expected 4 dimensions [N, C, H, W]");
-  else
-    STD_TORCH_CHECK(x.dim() >= 1, name, ": expected shape [..., features]");
+  STD_TORCH_CHECK(conv ? x.dim() == 4 : x.dim() >= 1, name, ": expected shape ",
+                  conv ? "[N, C, H, W]" : "[..., features]");
 }
 
 // y = W x or W^T x, of which `a` says all but where the weight is.
@@ -99,20 +84,6 @@ Tensor gradient(Call& call, const Tensor& x, const Activations& a, const Shape& 
 }
 
 }  // namespace
-
-Tensor block_sparse_plan(Tensor columns, Tensor row_offsets, std::vector<int64_t> block_size, int64_t rows,
-                         int64_t width, int64_t groups, bool transposed) {
-  STD_TORCH_CHECK(block_size.size() == 2, "block_size: expected two ints");
-  const Shape s =
-      checked_shape(columns, row_offsets, rows, width, block_size[0], block_size[1], groups, transposed);
-  std::vector<int32_t> words;
-  const char* wrong = block_sparse::build_plan(s, int32_data(columns, "block_columns"),
-                                               int32_data(row_offsets, "block_row_offsets"), &words);
-  STD_TORCH_CHECK(!wrong, wrong);
-  Tensor out = like(columns, {int64_t(words.size())});
-  if (!words.empty()) std::memcpy(out.mutable_data_ptr(), words.data(), words.size() * sizeof(int32_t));
-  return out;
-}
 
 Tensor block_sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, std::optional<Tensor> plan,
                            std::optional<Tensor>, std::optional<Tensor> bias, int64_t rows, bool relu) {

@@ -100,13 +100,19 @@ Tensor conv2d(Tensor x, SLIM_STORED, SLIM_OPT plan, SLIM_OPT columns, SLIM_OPT o
               SLIM_INTS stride, SLIM_INTS padding, SLIM_INTS dilation, int64_t groups, bool relu);
 }  // namespace slim::sparse_codebook
 
+// Plans for CUDA, made on the CPU.
+namespace slim::cuda {
+
+// What the kernels want to know of the positions beforehand: int32.
+Tensor block_sparse_plan(Tensor columns, Tensor row_offsets, SLIM_INTS block_size, int64_t rows, int64_t width,
+                         int64_t groups, bool transposed);
+
+}  // namespace slim::cuda
+
 // On CUDA tensors, behind the same schemas.
 #if defined(SLIM_CUDA) || defined(SLIM_CUDA_HOST)
 namespace slim::cuda {
 
-// What the kernels want to know of the positions beforehand: int32, made on the CPU, for the device.
-Tensor block_sparse_plan(Tensor columns, Tensor row_offsets, SLIM_INTS block_size, int64_t rows, int64_t width,
-                         int64_t groups, bool transposed);
 Tensor block_sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, SLIM_OPT plan,
                            SLIM_OPT backward_plan, SLIM_OPT bias, int64_t rows, bool relu);
 Tensor block_sparse_linear_grad_input(Tensor grad, Tensor values, Tensor columns, Tensor row_offsets,

@@ -150,9 +150,9 @@ STABLE_TORCH_LIBRARY_IMPL(SLIM_LIBRARY, SLIM_CUDA_KEY, m) {
   m.impl("block_sparse_conv2d_grad_columns", TORCH_BOX(&slim::cuda::block_sparse_conv2d_grad_columns));
   m.impl("block_sparse_conv2d_grad_values", TORCH_BOX(&slim::cuda::block_sparse_conv2d_grad_values));
 }
+#endif
 
-// Plans are made on the CPU.
+// Plans for CUDA are made on the CPU, in every build.
 STABLE_TORCH_LIBRARY_IMPL(SLIM_LIBRARY, CPU, m) {
   m.impl("block_sparse_cuda_plan", TORCH_BOX(&slim::cuda::block_sparse_plan));
 }
-#endif

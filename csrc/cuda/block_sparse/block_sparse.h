@@ -73,10 +73,11 @@ struct Gradient {
   void* grad_values;  // [blocks, r, c] of a.type
 };
 
-// How the tensor-core kernel is run: which of its tiles (block_sparse_launch.cu), and into how many shares its sums are
-// split, each of which needs a.n * columns floats of workspace if there are several.
+// How the tensor-core kernel is run: in which of its tiles (block_sparse_launch.cuh), and into how many shares its sums
+// are split, each of which needs a.n * columns floats of workspace if there are several.
+enum TileKind : int { kWide, kTall, kFew };
 struct Tiling {
-  int tile;
+  TileKind tile;
   int splits;
 };
 Tiling choose_tiling(const Activations& a, const Shape& s, int64_t plan_words, const DeviceInfo& device);

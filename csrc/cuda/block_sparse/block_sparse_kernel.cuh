@@ -25,7 +25,8 @@ struct TiledParams {
   Product product;  // for exact(); without a plan
   const int32_t *order, *offsets, *depths, *cells;
   int64_t depth;            // of a group's sum
-  int32_t tiles_per_group;  // of the plan, which may be taller than the kernel's
+  int64_t tiles;            // of the plan, which may be taller than the kernel's
+  int32_t tiles_per_group;
   int32_t cells_per_tile, parts, plan_steps;  // plan_steps: steps of the kernel in a step of the plan
 };
 
@@ -42,14 +43,13 @@ struct Weights {
   static constexpr int kBlockBytes = 0;
   static constexpr bool kExpands = false;
   static constexpr bool kSkips = true;
-  static constexpr bool kOrdered = true;
   // Each warp loads the same cell of every slice of a step: one look at a row of the plan's table, `kAhead` for each.
   static constexpr int kWarps = Tile::kThreads / kWarp, kAhead = (kSlices * kCells + kWarps - 1) / kWarps;
   static constexpr int kChunks = kCellBytes / 16, kRounds = (kChunks + kWarp - 1) / kWarp;
   static_assert(kStep % Tile::kDepth == 0 && (kSlice == 8 || kSlice == 16), "as plans are cut");
 
   // How many of the kernel's tiles the plan's tiles make, and which of them block `index` computes.
-  static int64_t tiles(const Params& p, int64_t plan_tiles) { return plan_tiles * (p.cells_per_tile / kCells); }
+  static int64_t tiles(const Params& p) { return p.tiles * (p.cells_per_tile / kCells); }
   __device__ static void tile(const Params& p, unsigned index, int64_t& row0, int& group) {
     const unsigned per = unsigned(p.cells_per_tile / kCells);
     const int tile = load_constant(p.order + index / per);
@@ -73,7 +73,7 @@ struct Weights {
     steps_ = int(count * (split + 1) / splits - begin);
     depths_ = p.depths + (first + begin) * kSlices;
     cells_ = p.cells + (first + begin) * kSlices * per_slice_ + row0 % plan_row / kCell * p.parts;
-    look(0);
+    if (steps_ > 0) look(0);
   }
 
   __device__ __forceinline__ int steps() const { return steps_; }
