@@ -24,7 +24,7 @@ BUILT := $(VENV)/.built
 BUILD_FILES := CMakeLists.txt pyproject.toml $(wildcard cmake/*) $(shell find csrc tests/cuda_host -type f)
 CPP := $(filter %.h %.cpp %.cu %.cuh,$(BUILD_FILES))
 
-.PHONY: help build demo test lint format wheel sanitize peers bench tables clean distclean
+.PHONY: help build demo test lint format wheel sanitize gpu peers bench tables clean distclean
 
 help: ## This list
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 16
@@ -74,6 +74,9 @@ wheel: $(TOOLS) ## A wheel in dist/
 
 sanitize: $(BUILT) ## Kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	@PYTHON=$(BIN)/python scripts/sanitize.sh
+
+gpu: ## On a machine with a GPU: build, tests, compute-sanitizer, benchmark; at most ten minutes (installs nothing)
+	@scripts/gpu.sh
 
 peers: ## An environment with the other engines that bench/ compares with
 	@bench/make_peers.sh

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
 import json
 import os
 import platform
@@ -17,10 +16,9 @@ from pathlib import Path
 import torch
 
 import slimtorch
+from bench.sources import ROOT, digest
 from slimtorch import _C
 from slimtorch.experiments.store import write_atomically
-
-ROOT = Path(__file__).resolve().parents[1]
 
 # Everything between a layer's call and its kernels: a change in any of these may change a time.
 _TIMED_SOURCE = ("csrc", "python/slimtorch/formats", "python/slimtorch/ops", "python/slimtorch/nn", "CMakeLists.txt")
@@ -83,15 +81,7 @@ def _git(*arguments: str) -> str | None:
 
 def source_digest() -> str:
     """SHA-256 over the files that decide how fast a layer is, independent of git and of their dates."""
-    digest = hashlib.sha256()
-    for entry in _TIMED_SOURCE:
-        top = ROOT / entry
-        files = [top] if top.is_file() else sorted(path for path in top.rglob("*") if path.is_file())
-        for path in files:
-            if "__pycache__" in path.parts:
-                continue
-            digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
+    return digest(_TIMED_SOURCE)
 
 
 def source() -> dict[str, object]:
@@ -109,8 +99,8 @@ def save(path: Path, benchmark: str, cases: Sequence[object], **facts: object) -
         "machine": machine(),
         "versions": versions(),
         "source": source(),
-        **facts,
         "threads": 1,
+        **facts,
         "cases": cases,
     }
     text = json.dumps(content, indent=1) + "\n"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # All tests with the instruction set that this CPU prefers, and before them the tests of operators and layers with every
-# other one that it can run, side by side, since tests use one thread. The last line is that of the full run, or of the
-# first one that failed. With SLIMTORCH_CPU set: all tests, with that one alone.
+# other one that it can run, side by side, since tests use one thread; those of the CUDA kernels run beside them. The last
+# line is that of the full run, or of the first one that failed. With SLIMTORCH_CPU set: all tests, with that one alone.
 # Usage: scripts/test.sh PYTHON
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,17 +12,17 @@ python=$1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 
 chosen=$("$python" -c 'from slimtorch import _C; print(_C.isa())')
+logs=$(mktemp -d)
+declare -A running
+stop() {
+    for pid in "${running[@]}"; do kill "$pid" 2>/dev/null || true; done
+    rm -rf "$logs"
+}
+trap stop EXIT
 if [[ -z ${SLIMTORCH_CPU:-} ]]; then
     others=$("$python" -c '
 from slimtorch import _C
 print(*(name for name, missing in _C.isas().items() if not missing and name != _C.isa()))')
-    logs=$(mktemp -d)
-    declare -A running
-    stop() {
-        for pid in "${running[@]}"; do kill "$pid" 2>/dev/null || true; done
-        rm -rf "$logs"
-    }
-    trap stop EXIT
     for isa in $others; do
         echo "kernels: $isa (tests of operators and layers; output follows at the end)"
         # k-means and Huffman codes have no kernels for an instruction set of its own
@@ -39,5 +39,18 @@ print(*(name for name, missing in _C.isas().items() if not missing and name != _
         unset "running[$isa]"
     done
 fi
-echo "kernels: $chosen (all tests)"
-"$python" -m pytest
+# Tests of the CUDA kernels take a process of their own beside all others: in the emulator they are the longest.
+"$python" -m pytest -q -p no:cacheprovider tests/cuda >"$logs/cuda" 2>&1 &
+running[cuda]=$!
+echo "kernels: $chosen (all other tests; those of CUDA kernels run beside them)"
+status=0
+"$python" -m pytest --ignore=tests/cuda >"$logs/all" 2>&1 || status=$?
+cuda=0
+wait "${running[cuda]}" || cuda=$?
+unset "running[cuda]"
+echo "kernels: CUDA"
+cat "$logs/cuda"
+[[ $cuda == 0 ]] || exit "$cuda"
+echo "kernels: $chosen"
+cat "$logs/all"
+exit "$status"

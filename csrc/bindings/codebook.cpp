@@ -53,8 +53,9 @@ int64_t piece_count(const Weight& w) {
 }  // namespace
 
 // Whether entry 0 is a constant matters to gradients alone: autograd finds it among the forward's arguments.
-Tensor linear(Tensor x, Tensor codebook, Tensor codes, int64_t rows, int64_t bits, int64_t group_size, bool,
-              std::optional<Tensor> bias, bool relu) {
+Tensor linear(Tensor x, Tensor codebook, Tensor codes, std::optional<Tensor> plan, int64_t rows, int64_t bits,
+              int64_t group_size, bool, std::optional<Tensor> bias, bool relu) {
+  STD_TORCH_CHECK(!plan, "plan: expected None on the CPU, where kernels read the codes as they are");
   STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 1, "x: expected a CPU tensor [..., in_features]");
   check_same(codebook, x, "codebook");
   x = as_contiguous(x);
@@ -71,9 +72,11 @@ Tensor linear(Tensor x, Tensor codebook, Tensor codes, int64_t rows, int64_t bit
   return y;
 }
 
-Tensor conv2d(Tensor x, Tensor codebook, Tensor codes, int64_t rows, int64_t bits, int64_t group_size, bool,
-              std::optional<Tensor> bias, std::vector<int64_t> kernel, std::vector<int64_t> stride,
-              std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, bool relu) {
+Tensor conv2d(Tensor x, Tensor codebook, Tensor codes, std::optional<Tensor> plan, int64_t rows, int64_t bits,
+              int64_t group_size, bool, std::optional<Tensor> bias, std::vector<int64_t> kernel,
+              std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+              bool relu) {
+  STD_TORCH_CHECK(!plan, "plan: expected None on the CPU, where kernels read the codes as they are");
   STD_TORCH_CHECK(x.is_cpu(), "x: expected a CPU tensor");
   check_same(codebook, x, "codebook");
   Params p{};

@@ -282,10 +282,10 @@ def test_opcheck(bits: int) -> None:
     for group_size in (None, "row", 16):
         weight = make((12, 36), bits, group_size)
         tables, bias = weight.codebook.requires_grad_(), random(12).requires_grad_()
-        tail = (weight.codes, 12, bits, group_code(group_size), False, bias, True)
+        tail = (weight.codes, None, 12, bits, group_code(group_size), False, bias, True)
         x = random(5, 36).requires_grad_()
         torch.library.opcheck(ops.codebook_linear.default, (x, tables, *tail))
-        detached = (weight.codes, 12, bits, group_code(group_size), False, bias.detach(), True)
+        detached = (weight.codes, None, 12, bits, group_code(group_size), False, bias.detach(), True)
         torch.library.opcheck(ops.codebook_linear_inference.default, (x.detach(), tables.detach(), *detached))
         image = random(2, 4, 8, 7).requires_grad_()
         shape = ((3, 3), (1, 2), (1, 0), (1, 1), 1)
@@ -296,6 +296,7 @@ def test_opcheck(bits: int) -> None:
         torch.library.opcheck(
             ops.codebook_decode.default, (tables.detach(), weight.codes, 12, 36, bits, group_code(group_size))
         )
+        torch.library.opcheck(ops.codebook_cuda_plan.default, (weight.codes, 12, 36, bits, 2))
         torch.library.opcheck(
             ops.codebook_sum_members.default, (random(12, 36), weight.codes, bits, group_code(group_size), False)
         )
@@ -328,6 +329,7 @@ def test_streams_and_tables_of_other_sizes_are_refused() -> None:
         {"codebook": weight.codebook[:, :8]}, {"codebook": weight.codebook[0]}, {"codebook": weight.codebook.double()},
         {"bits": 0}, {"bits": 9}, {"bits": 3}, {"rows": 5}, {"rows": -1}, {"rows": 2**40}, {"group_size": -2},
         {"group_size": 5}, {"group_size": -1}, {"x": random(2, 9)}, {"bias": random(5)},
+        {"plan": raw("codebook_cuda_plan", codes=weight.codes, rows=6, width=10, bits=4, groups=1)},
     ]  # fmt: skip
     for change in wrong:
         with pytest.raises(RuntimeError, match="expected"):

@@ -93,7 +93,9 @@ CODING = {
 
 # Families with an opcheck of every operator in their own files, test_<family>*.py.
 QUANTIZED = {
-    "codebook": {"linear", "conv2d", "linear_inference", "conv2d_inference", "decode", "sum_members"},
+    "codebook": {
+        "linear", "conv2d", "linear_inference", "conv2d_inference", "cuda_plan", "decode", "sum_members",
+    },
     "sparse_codebook": {
         "linear", "conv2d", "linear_inference", "conv2d_inference", "plan", "positions", "decode", "sum_members",
     },

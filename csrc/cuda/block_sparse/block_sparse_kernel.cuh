@@ -30,10 +30,24 @@ struct TiledParams {
   int32_t cells_per_tile, parts, plan_steps;  // plan_steps: steps of the kernel in a step of the plan
 };
 
+// One output over stored weights alone.
+template <class T>
+struct StoredOnly {
+  using Params = TiledParams;
+  __device__ static float exact(const Params& p, const Activations& a, int group, int64_t row, int64_t column) {
+    const auto sum = [&](auto x) {
+      return p.product.transposed ? row_of_transpose(p.product, x, row, group, 0.0f)
+                                  : row_of_w(p.product, x, group * (a.n / a.groups) + row, 0.0f);
+    };
+    return a.conv ? sum(Depth<T, true>(a, column, group)) : sum(Depth<T, false>(a, column, group));
+  }
+};
+
 template <class T, class Tile, int kSlice>
 struct Weights {
   using Value = T;
   using Params = TiledParams;
+  using Exact = StoredOnly<T>;
   static constexpr int kSize = int(sizeof(T));
   static constexpr int kSlab = kSlice;
   static constexpr int kSlices = Tile::kDepth / kSlice, kCells = Tile::kRows / kCell;
@@ -146,8 +160,6 @@ struct Weights {
     }
   }
 
-  __device__ static float exact(const Params& p, const Activations& a, int group, int64_t row, int64_t column);
-
  private:
   static constexpr int kProduct = 32 / kSize;  // k of a product
   static constexpr int kLineChunks = kSlice * kSize / 16, kLineChunksT = kCell * kSize / 16;
@@ -195,15 +207,5 @@ struct Weights {
   int64_t depth_;
   int32_t ahead_[kAhead][kRounds];
 };
-
-template <class T, class Tile, int kSlice>
-__device__ float Weights<T, Tile, kSlice>::exact(const Params& p, const Activations& a, int group, int64_t row,
-                                                 int64_t column) {
-  const auto sum = [&](auto x) {
-    return p.product.transposed ? row_of_transpose(p.product, x, row, group, 0.0f)
-                                : row_of_w(p.product, x, group * (a.n / a.groups) + row, 0.0f);
-  };
-  return a.conv ? sum(Depth<T, true>(a, column, group)) : sum(Depth<T, false>(a, column, group));
-}
 
 }  // namespace slim::cuda::block_sparse

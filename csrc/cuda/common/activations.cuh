@@ -9,8 +9,9 @@
 // reads at once lie in different banks. What lies beyond k or beyond the last column is zero.
 //
 // Copies are asynchronous, as wide as address and strides allow (16, 8 or 4 bytes; all threads of a block alike). 16-bit
-// numbers that lie at odd addresses, and pixels of k x k convolutions, cannot be copied so: load() fetches them into
-// registers, and store() puts them into shared memory after the products of another step have hidden the wait.
+// pixels of k x k convolutions cannot be copied so: load() fetches them into registers, and store() puts them into shared
+// memory after the products of another step have hidden the wait. Rows of 16-bit numbers at odd addresses are rare: those
+// are fetched and put at once.
 //
 // A convolution asks for the same (channel, r, s) at every pixel, so a table in shared memory holds for each k of a step
 // its offset in the image and its place under the kernel; each thread keeps one or two pixels and goes down the table.
@@ -25,6 +26,81 @@ __device__ __forceinline__ int64_t count_columns(const Activations& a) {
   return a.conv ? a.geometry.batch * a.geometry.out_h * a.geometry.out_w : a.m;
 }
 
+// The largest power of two that divides v; at most 16.
+__device__ __forceinline__ int low_bit(uint64_t v) {
+  const int b = int(v & 15);
+  return b == 0 ? 16 : b & -b;
+}
+
+// Bytes from the start of a tile to a byte of a row, in rows of kRowBytes. kWords: fragments are read word by word, four
+// rows of 32 bytes at once; else by ldmatrix, eight rows of 16 bytes.
+template <int kRowBytes, bool kWords>
+__device__ __forceinline__ int place(int row, int byte) {
+  constexpr int kChunks = kRowBytes / 16;
+  static_assert(kChunks >= 1 && (kChunks & (kChunks - 1)) == 0, "rows of whole chunks, a power of two");
+  int turn = 0;
+  if constexpr (kWords)
+    turn = kChunks >= 8 ? (row & 3) * 2 : kChunks == 4 ? (row & 2) : 0;
+  else
+    turn = kChunks >= 8 ? row & 7 : kChunks == 4 ? (row >> 1) & 3 : kChunks == 2 ? (row >> 2) & 1 : 0;
+  return row * kRowBytes + (byte ^ (turn * 16));
+}
+
+// B operands of kTiles tiles of 8 columns from `column` on, of 32 bytes of k from `k` on. The tile in shared memory is
+// [column][k], or [k][column] if kTrans.
+template <int kSize, bool kTrans, int kRowBytes, int kTiles>
+__device__ __forceinline__ void load_b(uint32_t (&b)[kTiles][2], const unsigned char* tile, int column, int k) {
+  const int lane = int(threadIdx.x) % kWarp, row = lane & 7, matrix = lane >> 3;
+  if constexpr (kTrans && kSize == 4) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        b[j][h] = *reinterpret_cast<const uint32_t*>(
+            tile + place<kRowBytes, true>(k + 4 * h + lane % 4, (column + 8 * j + lane / 4) * 4));
+  } else {
+    const auto at = [&](int j) {
+      return tile + (kTrans ? place<kRowBytes, false>(k + (matrix & 1) * 8 + row, (column + 8 * j) * kSize)
+                            : place<kRowBytes, false>(column + 8 * j + row, k * kSize + (matrix & 1) * 16));
+    };
+#pragma unroll
+    for (int j = 0; j + 1 < kTiles; j += 2) {
+      uint32_t r[4];
+      if constexpr (kTrans)
+        load_matrix_trans(r, at(j + (matrix >> 1)));
+      else
+        load_matrix(r, at(j + (matrix >> 1)));
+      b[j][0] = r[0];
+      b[j][1] = r[1];
+      b[j + 1][0] = r[2];
+      b[j + 1][1] = r[3];
+    }
+    if constexpr (kTiles % 2 == 1) {
+      if constexpr (kTrans)
+        load_matrix_trans(b[kTiles - 1], at(kTiles - 1));
+      else
+        load_matrix(b[kTiles - 1], at(kTiles - 1));
+    }
+  }
+}
+
+// Likewise the A operand of 16 rows: the tile is [row][k], or [k][row] if kTrans.
+template <int kSize, bool kTrans, int kRowBytes>
+__device__ __forceinline__ void load_a(uint32_t (&a)[4], const unsigned char* tile, int row, int k) {
+  const int lane = int(threadIdx.x) % kWarp, line = lane & 7, matrix = lane >> 3;
+  if constexpr (kTrans && kSize == 4) {
+#pragma unroll
+    for (int h = 0; h < 4; ++h)
+      a[h] = *reinterpret_cast<const uint32_t*>(
+          tile + place<kRowBytes, true>(k + 4 * (h >> 1) + lane % 4, (row + 8 * (h & 1) + lane / 4) * 4));
+  } else if constexpr (kTrans) {
+    load_matrix_trans(a,
+                      tile + place<kRowBytes, false>(k + (matrix >> 1) * 8 + line, (row + (matrix & 1) * 8) * kSize));
+  } else {
+    load_matrix(a, tile + place<kRowBytes, false>(row + (matrix & 1) * 8 + line, k * kSize + (matrix >> 1) * 16));
+  }
+}
+
 template <class T, bool kConv, class Tile>
 class Columns {
  public:
@@ -34,7 +110,6 @@ class Columns {
   static constexpr int kTableBytes = kConv ? Tile::kStages * Tile::kDepth * 16 : 0;
   static constexpr int kWidth = Tile::kCols / Tile::kWarpsC;  // columns of a warp
   static constexpr int kTiles = kWidth / 8;
-  static_assert(kRowBytes >= 16 && (kRowBytes & (kRowBytes - 1)) == 0, "rows of whole chunks, a power of two");
   static_assert(Tile::kThreads % Tile::kCols == 0, "each thread has columns of its own");
 
   // `column0`: the first of the tile. All threads must meet at a barrier between prepare() and load() of a step.
@@ -117,7 +192,6 @@ class Columns {
     } else {
       // A step may begin anywhere.
       const int width = low_bit(uint64_t(vector_) | uint64_t(depth(0) * kSize));
-      staged_ = width < 4;
       if (width == 16)
         copy_rows<16>(stage, depth);
       else if (width == 8)
@@ -125,21 +199,21 @@ class Columns {
       else if (kSize == 4 || width == 4)
         copy_rows<4>(stage, depth);
       else
-        fetch_rows(depth);
+        put_rows(stage, depth);
     }
   }
 
   // Ends what load() began and cp.async cannot do.
   __device__ __forceinline__ void store(unsigned char* stage) {
-    if constexpr (kSize == 2) {
-      if (kConv ? vector_ != 0 : !staged_) return;
+    if constexpr (kConv && kSize == 2) {
+      if (vector_ != 0) return;
 #pragma unroll
       for (int i = 0; i < kFetches; ++i) {
         const int at = i * Tile::kThreads + int(threadIdx.x);
         if (kPairs % Tile::kThreads != 0 && at >= kPairs) break;
         const int row = at / (kRowBytes / 4), byte = at % (kRowBytes / 4) * 4;
-        *reinterpret_cast<uint32_t*>(stage + place(row, byte)) = uint32_t(fetched_[i][0]) | uint32_t(fetched_[i][1])
-                                                                                                << 16;
+        *reinterpret_cast<uint32_t*>(stage + place < kRowBytes, kConv && kSize == 4 > (row, byte)) =
+            uint32_t(fetched_[i][0]) | uint32_t(fetched_[i][1]) << 16;
       }
     }
   }
@@ -147,47 +221,14 @@ class Columns {
   // The B operands of k … k + 15 (float: k + 7) in all columns of a warp, of which `column` is the first.
   __device__ __forceinline__ static void fragment(uint32_t (&b)[kTiles][2], const unsigned char* stage, int column,
                                                   int k) {
-    const int lane = int(threadIdx.x) % kWarp, row = lane & 7, matrix = lane >> 3;
-    if constexpr (kConv && kSize == 4) {
-#pragma unroll
-      for (int j = 0; j < kTiles; ++j)
-#pragma unroll
-        for (int h = 0; h < 2; ++h)
-          b[j][h] = *reinterpret_cast<const uint32_t*>(
-              stage + place(k + 4 * h + lane % 4, (column + 8 * j + lane / 4) * kSize));
-    } else {
-#pragma unroll
-      for (int j = 0; j + 1 < kTiles; j += 2) {
-        uint32_t r[4];
-        load4(r, kConv ? stage + place(k + (matrix & 1) * 8 + row, (column + 8 * (j + (matrix >> 1))) * kSize)
-                       : stage + place(column + 8 * (j + (matrix >> 1)) + row, k * kSize + (matrix & 1) * 16));
-        b[j][0] = r[0];
-        b[j][1] = r[1];
-        b[j + 1][0] = r[2];
-        b[j + 1][1] = r[3];
-      }
-      if constexpr (kTiles % 2 == 1)
-        load2(b[kTiles - 1], kConv ? stage + place(k + (matrix & 1) * 8 + row, (column + 8 * (kTiles - 1)) * kSize)
-                                   : stage + place(column + 8 * (kTiles - 1) + row, k * kSize + (matrix & 1) * 16));
-    }
-  }
-
-  // Bytes from the start of a stage to a byte of a row.
-  __device__ __forceinline__ static int place(int row, int byte) {
-    constexpr int kChunks = kRowBytes / 16;
-    int turn = 0;
-    if constexpr (kConv && kSize == 4)  // four rows of two chunks at once
-      turn = kChunks >= 8 ? (row & 3) * 2 : kChunks == 4 ? (row & 2) : 0;
-    else
-      turn = kChunks >= 8 ? row & 7 : kChunks == 4 ? (row >> 1) & 3 : kChunks == 2 ? (row >> 2) & 1 : 0;
-    return row * kRowBytes + (byte ^ (turn * 16));
+    load_b<kSize, kConv, kRowBytes>(b, stage, column, k);
   }
 
  private:
   static constexpr int kFar = 1 << 30;                       // beyond every image
   static constexpr int kPair = kConv && kSize == 2 ? 2 : 1;  // pixels of a thread
   static constexpr int kPairs = kStageBytes / 4;             // words of a stage
-  static constexpr int kFetches = kSize == 2 ? (kPairs + Tile::kThreads - 1) / Tile::kThreads : 1;
+  static constexpr int kFetches = kConv && kSize == 2 ? (kPairs + Tile::kThreads - 1) / Tile::kThreads : 1;
 
   struct Pixel {
     const T* image;  // of its image the first channel of the group
@@ -195,51 +236,32 @@ class Columns {
     uint32_t offset;
   };
 
-  // The largest power of two that divides v; at most 16.
-  __device__ __forceinline__ static int low_bit(uint64_t v) {
-    const int b = int(v & 15);
-    return b == 0 ? 16 : b & -b;
-  }
-
-  __device__ __forceinline__ static void load4(uint32_t (&r)[4], const unsigned char* p) {
-    if constexpr (kConv)
-      load_matrix_trans(r, p);
-    else
-      load_matrix(r, p);
-  }
-  __device__ __forceinline__ static void load2(uint32_t (&r)[2], const unsigned char* p) {
-    if constexpr (kConv)
-      load_matrix_trans(r, p);
-    else
-      load_matrix(r, p);
-  }
-
   template <int kBytes, class Depth>
   __device__ __forceinline__ void copy_rows(unsigned char* stage, const Depth& depth) {
     constexpr int kPer = kBytes / kSize, kChunks = Tile::kDepth / kPer, kTotal = Tile::kCols * kChunks;
-#pragma unroll
+#pragma unroll(kBytes == 16 ? 8 : 1)
     for (int begin = 0; begin < kTotal; begin += Tile::kThreads) {
       const int i = begin + int(threadIdx.x);
       if (kTotal % Tile::kThreads != 0 && i >= kTotal) break;
       const int column = i / kChunks, k = i % kChunks * kPer;
       const int64_t at = depth(k), left = column < left_ ? k_ - at : 0;
       const int valid = left >= kPer ? kPer : left > 0 ? int(left) : 0;
-      copy_async<kBytes>(stage + place(column, k * kSize), valid ? x_ + column * k_ + at : x_, valid * kSize);
+      copy_async<kBytes>(stage + place < kRowBytes, kConv && kSize == 4 > (column, k * kSize),
+                         valid ? x_ + column * k_ + at : x_, valid * kSize);
     }
   }
 
   template <class Depth>
-  __device__ __forceinline__ void fetch_rows(const Depth& depth) {
+  __device__ __forceinline__ void put_rows(unsigned char* stage, const Depth& depth) {
     if constexpr (kSize == 2) {
-#pragma unroll
-      for (int i = 0; i < kFetches; ++i) {
-        const int at = i * Tile::kThreads + int(threadIdx.x);
-        if (kPairs % Tile::kThreads != 0 && at >= kPairs) break;
-        const int column = at / (Tile::kDepth / 2), row = at % (Tile::kDepth / 2) * 2;
+#pragma unroll 1
+      for (int i = int(threadIdx.x); i < kPairs; i += Tile::kThreads) {
+        const int column = i / (Tile::kDepth / 2), row = i % (Tile::kDepth / 2) * 2;
         const int64_t k = depth(row), left = column < left_ ? k_ - k : 0;
         const T* from = x_ + column * k_ + k;
-        fetched_[i][0] = left > 0 ? load_constant(from).bits : uint16_t(0);
-        fetched_[i][1] = left > 1 ? load_constant(from + 1).bits : uint16_t(0);
+        const uint32_t low = left > 0 ? load_constant(from).bits : 0,
+                       high = left > 1 ? load_constant(from + 1).bits : 0;
+        *reinterpret_cast<uint32_t*>(stage + place<kRowBytes, false>(column, row * kSize)) = low | high << 16;
       }
     }
   }
@@ -248,14 +270,14 @@ class Columns {
   __device__ __forceinline__ void copy_pixels(unsigned char* stage, int slot) {
     constexpr int kPer = kBytes / kSize, kChunks = Tile::kCols / kPer, kTotal = Tile::kDepth * kChunks;
     const int column = int(threadIdx.x) % kChunks * kPer;
-#pragma unroll
+#pragma unroll(kBytes == 16 ? 8 : 1)
     for (int begin = 0; begin < kTotal; begin += Tile::kThreads) {
       const int i = begin + int(threadIdx.x);
       if (kTotal % Tile::kThreads != 0 && i >= kTotal) break;
       const int row = i / kChunks;
       const uint4 tap = table_[slot * Tile::kDepth + row];
       const bool in = int(tap.y) + pixel_[0].y >= 0;
-      copy_async<kBytes>(stage + place(row, column * kSize),
+      copy_async<kBytes>(stage + place < kRowBytes, kConv && kSize == 4 > (row, column * kSize),
                          in ? pixel_[0].image + (tap.x + pixel_[0].offset) : pixel_[0].image, in ? kBytes : 0);
     }
   }
@@ -282,7 +304,7 @@ class Columns {
       for (int row = int(threadIdx.x) / Tile::kCols; row < Tile::kDepth; row += Tile::kThreads / Tile::kCols) {
         const uint4 tap = table_[slot * Tile::kDepth + row];
         const bool in = inside(pixel_[0], tap);
-        copy_async<4>(stage + place(row, column * kSize),
+        copy_async<4>(stage + place < kRowBytes, kConv && kSize == 4 > (row, column * kSize),
                       in ? pixel_[0].image + (tap.x + pixel_[0].offset) : pixel_[0].image, in ? 4 : 0);
       }
     }
@@ -293,7 +315,6 @@ class Columns {
   int64_t k_;
   int left_;    // columns of the tile that exist
   int vector_;  // bytes of a copy; 0: pixels one by one
-  bool staged_ = false;
   int height_ = 0, width_ = 0, dilation_h_ = 0, dilation_w_ = 0;
   unsigned kernel_w_ = 1, taps_ = 1;
   Pixel pixel_[kPair] = {};

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from slimtorch.formats._bits import check_stream, pack_bits, stream_bytes, unpack_bits
-from slimtorch.formats._common import INDEX_LIMIT, WithPlans, check_dense, matrix_shape
+from slimtorch.formats._common import INDEX_LIMIT, WithPlans, check_dense, matrix_shape, on_gpu
 
 GroupSize = int | Literal["row"] | None
 
@@ -175,7 +175,7 @@ class Codebook(WithPlans):
     bits: int = 4
     group_size: GroupSize = None
     zero: bool = False
-    # Execution plans derived from the codes alone, so that no change of the tables can make one stale.
+    # Derived from the codes alone, so that no change of the tables can make one stale.
     _plans: dict[tuple[int, bool], Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -256,6 +256,29 @@ class Codebook(WithPlans):
             codebook = torch.cat([codebook[:, :1].detach(), codebook[:, 1:]], dim=1)
         flat = (self.tables() << self.bits) + self.indices()
         return codebook.reshape(-1)[flat].reshape(self.shape)
+
+    def plan(self, groups: int = 1) -> Tensor | None:
+        """The codes in the order of the CUDA kernels (opaque bytes): derived once, cached, never saved.
+
+        None on the CPU, whose kernels read the codes as they are, and while a graph is being traced and nothing is
+        cached (the kernel then brings the codes into order itself, at every call).
+
+        Raises:
+            TypeError, ValueError: the format breaks an invariant (see ``validate``); checked before the first plan.
+        """
+        if not on_gpu(self.codes):
+            return None
+        key = (groups, False)
+        if key not in self._plans:
+            if torch.compiler.is_compiling():
+                return None
+            if not self._plans:
+                self.validate()
+            rows, width = matrix_shape(self.shape)
+            with torch.inference_mode(False):  # else backward could not save a plan derived inside inference_mode
+                made = torch.ops.slimtorch.codebook_cuda_plan(self.codes.cpu(), rows, width, self.bits, groups)
+                self._plans[key] = made.to(self.codes.device)
+        return self._plans[key]
 
     @property
     def nbytes(self) -> int:

@@ -24,7 +24,8 @@ def codebook_linear(
     """``x @ weight.T + bias`` with a weight of table entries.
 
     Args:
-        x: ``[..., in_features]``, float32, bfloat16 or float64, of the dtype of ``weight.codebook``.
+        x: ``[..., in_features]``, float32, bfloat16, float64 (float16 in its place on CUDA), of the dtype of
+            ``weight.codebook``.
         weight: the packed ``[out_features, in_features]`` weight.
         bias: ``[out_features]`` or None.
         activation: ``"relu"`` is fused into the kernel.
@@ -40,8 +41,8 @@ def codebook_linear(
     if common.is_inference(x, weight.codebook, bias) and len(weight.shape) == 2:
         try:
             return _ops.codebook_linear_inference(
-                x, weight.codebook, weight.codes, weight.shape[0], weight.bits, group_code(weight.group_size),
-                weight.zero, bias, relu,
+                x, weight.codebook, weight.codes, weight.plan(), weight.shape[0], weight.bits,
+                group_code(weight.group_size), weight.zero, bias, relu,
             )  # fmt: skip
         except RuntimeError:
             pass  # what is wrong is said below, or a dtype or device without a kernel served
@@ -50,8 +51,9 @@ def codebook_linear(
     if not common.has_kernel("codebook_linear", x):
         return reference.linear(x, _with_tables(weight, tables), bias, relu=relu)
     return _ops.codebook_linear(
-        x, tables, weight.codes, weight.shape[0], weight.bits, group_code(weight.group_size), weight.zero, bias, relu
-    )
+        x, tables, weight.codes, weight.plan(), weight.shape[0], weight.bits, group_code(weight.group_size),
+        weight.zero, bias, relu,
+    )  # fmt: skip
 
 
 def codebook_conv2d(
@@ -68,7 +70,8 @@ def codebook_conv2d(
     """2-D cross-correlation with a weight of table entries.
 
     Args:
-        x: ``[N, C, H, W]`` or ``[C, H, W]``, float32, bfloat16 or float64, of the dtype of ``weight.codebook``.
+        x: ``[N, C, H, W]`` or ``[C, H, W]``, float32, bfloat16, float64 (float16 in its place on CUDA), of the dtype
+            of ``weight.codebook``.
         weight: the packed ``[out_channels, C / groups, kh, kw]`` weight.
         bias: ``[out_channels]`` or None.
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d`` (padding in zeros, per side).
@@ -86,8 +89,9 @@ def codebook_conv2d(
     if common.is_inference(x, weight.codebook, bias) and len(weight.shape) == 4 and x.dim() == 4:
         try:
             return _ops.codebook_conv2d_inference(
-                x, weight.codebook, weight.codes, weight.shape[0], weight.bits, group_code(weight.group_size),
-                weight.zero, bias, weight.shape[2:], stride, padding, dilation, groups, relu,
+                x, weight.codebook, weight.codes, weight.plan(groups), weight.shape[0], weight.bits,
+                group_code(weight.group_size), weight.zero, bias, weight.shape[2:], stride, padding, dilation, groups,
+                relu,
             )  # fmt: skip
         except RuntimeError:
             pass  # what is wrong is said below, or a dtype or device without a kernel served
@@ -96,7 +100,7 @@ def codebook_conv2d(
     if not common.has_kernel("codebook_conv2d", x):
         return reference.conv2d(x, _with_tables(weight, tables), bias, stride, padding, dilation, groups, relu=relu)
     y = _ops.codebook_conv2d(
-        x if x.dim() == 4 else x.unsqueeze(0), tables, weight.codes, weight.shape[0], weight.bits,
+        x if x.dim() == 4 else x.unsqueeze(0), tables, weight.codes, weight.plan(groups), weight.shape[0], weight.bits,
         group_code(weight.group_size), weight.zero, bias, weight.shape[2:], stride, padding, dilation, groups, relu,
     )  # fmt: skip
     return y if x.dim() == 4 else y.squeeze(0)
@@ -111,10 +115,16 @@ def _with_tables(weight: Codebook, tables: Tensor) -> Codebook:
 # ---- fake kernels: shapes only, for torch.compile and torch.export ---------------------------------------------------
 
 
+@torch.library.register_fake("slimtorch::codebook_cuda_plan")
+def _(codes: Tensor, rows: int, width: int, bits: int, groups: int) -> Tensor:
+    tiles = groups * ((rows // groups + 15) // 16) * ((width + 63) // 64)  # of 16 rows and 64 columns
+    return codes.new_empty([tiles * bits * 128])
+
+
 @torch.library.register_fake("slimtorch::codebook_linear_inference")
 @torch.library.register_fake("slimtorch::codebook_linear")
 def _(
-    x: Tensor, codebook: Tensor, codes: Tensor, rows: int, bits: int, group_size: int, zero: bool,
+    x: Tensor, codebook: Tensor, codes: Tensor, plan: Tensor | None, rows: int, bits: int, group_size: int, zero: bool,
     bias: Tensor | None, relu: bool,
 ) -> Tensor:  # fmt: skip
     return x.new_empty([*x.shape[:-1], rows])
@@ -123,7 +133,7 @@ def _(
 @torch.library.register_fake("slimtorch::codebook_conv2d_inference")
 @torch.library.register_fake("slimtorch::codebook_conv2d")
 def _(
-    x: Tensor, codebook: Tensor, codes: Tensor, rows: int, bits: int, group_size: int, zero: bool,
+    x: Tensor, codebook: Tensor, codes: Tensor, plan: Tensor | None, rows: int, bits: int, group_size: int, zero: bool,
     bias: Tensor | None, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, groups: int, relu: bool,
 ) -> Tensor:  # fmt: skip
     size = common.conv_output_size((x.shape[2], x.shape[3]), kernel, stride, padding, dilation)
@@ -145,11 +155,11 @@ def _(grad_weight: Tensor, codes: Tensor, bits: int, group_size: int, zero: bool
 # ---- autograd --------------------------------------------------------------------------------------------------------
 
 # The weight's gradient is dense before its members are summed, so gradients are dense products of torch, over the
-# decoded weight. bfloat16 goes through float32: each gradient is then rounded once.
+# decoded weight. 16 bits go through float32: each gradient is then rounded once.
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor, relu: bool) -> None:
-    x, codebook, codes, rows, *tables = inputs[:7]
+    x, codebook, codes, _, rows, *tables = inputs[:8]
     common.save(
         ctx, x=x if ctx.needs_input_grad[1] else None, codebook=codebook if ctx.needs_input_grad[0] else None,
         codes=codes, output=output if relu else None,
@@ -158,7 +168,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor, relu: bool) -> None
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _save(ctx, inputs, output, inputs[8])
+    _save(ctx, inputs, output, inputs[9])
 
 
 @once_differentiable  # the gradient operators have no gradients of their own
@@ -174,17 +184,17 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[1]:
         dense = wide.reshape(-1, ctx.rows).t() @ common.widened(t["x"]).reshape(-1, width)
         grad_codebook = _ops.codebook_sum_members(dense, t["codes"], *ctx.tables).to(grad.dtype)
-    if ctx.needs_input_grad[7]:
+    if ctx.needs_input_grad[8]:
         grad_bias = common.sum_to_bias(grad, list(range(grad.dim() - 1)))
-    return grad_x, grad_codebook, None, None, None, None, None, grad_bias, None
+    return grad_x, grad_codebook, *[None] * 6, grad_bias, None
 
 
 torch.library.register_autograd("slimtorch::codebook_linear", _linear_backward, setup_context=_linear_setup)
 
 
 def _conv2d_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _save(ctx, inputs, output, inputs[13])
-    ctx.kernel, ctx.stride, ctx.padding, ctx.dilation, ctx.groups = inputs[8:13]
+    _save(ctx, inputs, output, inputs[14])
+    ctx.kernel, ctx.stride, ctx.padding, ctx.dilation, ctx.groups = inputs[9:14]
 
 
 @once_differentiable  # the gradient operators have no gradients of their own
@@ -208,9 +218,9 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[1]:
         dense = gradient(common.widened(t["x"]), wide.new_empty(shape), 1).reshape(ctx.rows, width)
         grad_codebook = _ops.codebook_sum_members(dense, t["codes"], *ctx.tables).to(grad.dtype)
-    if ctx.needs_input_grad[7]:
+    if ctx.needs_input_grad[8]:
         grad_bias = common.sum_to_bias(grad, [0, 2, 3])
-    return (grad_x, grad_codebook, None, None, None, None, None, grad_bias, *[None] * 6)
+    return grad_x, grad_codebook, *[None] * 6, grad_bias, *[None] * 6
 
 
 torch.library.register_autograd("slimtorch::codebook_conv2d", _conv2d_backward, setup_context=_conv2d_setup)

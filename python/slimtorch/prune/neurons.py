@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-import torch_pruning as tp  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -245,13 +244,15 @@ class _Network:
             call(trial, example_inputs)
         except Exception as error:
             raise ValueError(f"example_inputs: do not fit the model: {error}") from error
+        import torch_pruning as tp  # type: ignore[import-untyped]  # here, because all else runs without it
+
         graph = tp.DependencyGraph()
         try:
             graph.build_dependency(
                 traced,
                 example_inputs,
                 forward_fn=forward,
-                customized_pruners={_Input: _InputPruner()},
+                customized_pruners={_Input: _input_pruner()},
                 verbose=False,
             )
         except Exception as error:
@@ -304,6 +305,8 @@ class _Network:
 
     def _units(self, tied: Any, group: Group) -> tuple[Tensor, str]:
         """Which neurons can only go together, and why the group cannot be cut at all ("" where it can)."""
+        import torch_pruning as tp
+
         parts, unit = 1, torch.arange(group.size)
         for item in tied:
             node, module = item.dep.target, item.dep.target.module
@@ -393,18 +396,22 @@ class _Input(nn.Module):
         return x.detach().clone().requires_grad_(True).clone()
 
 
-class _InputPruner(tp.pruner.function.BasePruningFunc):
+def _input_pruner() -> Any:
     """Tells the graph how many channels an input has; it is never cut."""
+    import torch_pruning as tp
 
-    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
-        return layer
+    class Pruner(tp.pruner.function.BasePruningFunc):
+        def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+            return layer
 
-    prune_in_channels = prune_out_channels
+        prune_in_channels = prune_out_channels
 
-    def get_out_channels(self, layer: nn.Module) -> int | None:
-        return cast("int | None", getattr(layer, "channels", None))
+        def get_out_channels(self, layer: nn.Module) -> int | None:
+            return cast("int | None", getattr(layer, "channels", None))
 
-    get_in_channels = get_out_channels
+        get_in_channels = get_out_channels
+
+    return Pruner()
 
 
 class _Entrance(nn.Module):
