@@ -13,7 +13,7 @@ constexpr int kDepth = 128 / int(sizeof(T));
 
 // Low blocks and many columns: as many rows as registers allow share the activations. A stage takes 48 KiB.
 template <class T>
-using Wide = Tile<256, 128, kDepth<T>, sizeof(T) == 2 ? 8 : 4, sizeof(T) == 2 ? 2 : 4, 3>;
+using Wide = Tile<256, 128, kDepth<T>, 4, 2, 3>;
 // Blocks of 64 rows: all warps have work at every step. 24 KiB a stage, two blocks a multiprocessor.
 template <class T>
 using Tall = Tile<64, 128, kDepth<T>, 2, 4, 3, 2>;
