@@ -35,6 +35,11 @@
 // * Optional: `static __device__ float scale(const Params&, int64_t row)`, a factor of each row (over all groups) of the
 //   sums; the bias is added after it. Not together with Exact.
 // * Optional: `static constexpr bool kTf32 = true` where weights of float32 are exact in tf32: two products then, not three.
+// * Optional, where much of a tile is empty: `static constexpr bool kSkips = true` and `bool stored(const unsigned char*
+//   stage, int step, int row, int k)`, the same in all lanes: fragment() is asked for, and multiplied, only where it says
+//   so, and activations are read only for them.
+// * Optional, where tiles differ in work: `static int64_t tiles(const Params&)` and `static __device__ void tile(const
+//   Params&, unsigned index, int64_t& row0, int& group)`, the order in which row tiles of all groups start.
 // * depth() is asked in every step before its loads: keep what it needs in registers or the block's shared memory.
 // * expand() may write to the block's shared memory: a barrier stands between it and the products of the step before.
 // * load(stage, step) may run while other threads still do the products of step - kStages + 1 and later ones.
@@ -105,6 +110,15 @@ struct IsTf32 : std::false_type {};
 template <class W>
 struct IsTf32<W, std::void_t<decltype(W::kTf32)>> : std::bool_constant<W::kTf32> {};
 
+struct Skips : std::false_type {};
+template <class W>
+struct Skips<W, std::void_t<decltype(W::kSkips)>> : std::bool_constant<W::kSkips> {};
+
+template <class W, class = void>
+struct HasOrder : std::false_type {};
+template <class W>
+struct HasOrder<W, std::void_t<decltype(&W::tiles)>> : std::true_type {};
+
 template <class W, bool kConv, class Tile>
 struct MatmulShape {
   using T = typename W::Value;
@@ -145,44 +159,52 @@ __device__ __forceinline__ void split_tf32(const uint32_t (&v)[kCount], uint32_t
   }
 }
 
-// d[i][j] += a[i] b[j]. kTf32: a is exact in tf32.
-template <class T, bool kTf32 = false, int kI, int kJ>
-__device__ __forceinline__ void multiply(float (&d)[kI][kJ][4], const uint32_t (&a)[kI][4],
-                                         const uint32_t (&b)[kJ][2]) {
+// B operands, split in two where that is how their type is multiplied.
+template <class T, int kJ>
+struct Factors {
+  const uint32_t (&b)[kJ][2];
+  __device__ __forceinline__ explicit Factors(const uint32_t (&from)[kJ][2]) : b(from) {}
+};
+template <int kJ>
+struct Factors<float, kJ> {
+  uint32_t hi[kJ][2], lo[kJ][2];
+  __device__ __forceinline__ explicit Factors(const uint32_t (&from)[kJ][2]) {
+#pragma unroll
+    for (int j = 0; j < kJ; ++j) split_tf32(from[j], hi[j], lo[j]);
+  }
+};
+
+// d[j] += a b[j]. kTf32: a is exact in tf32.
+template <class T, bool kTf32, int kJ>
+__device__ __forceinline__ void multiply_row(float (&d)[kJ][4], const uint32_t (&a)[4], const Factors<T, kJ>& b) {
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
-    for (int i = 0; i < kI; ++i)
-#pragma unroll
-      for (int j = 0; j < kJ; ++j) mma_m16n8k16<T>(d[i][j], a[i], b[j]);
+    for (int j = 0; j < kJ; ++j) mma_m16n8k16<T>(d[j], a, b.b[j]);
   } else {
-    uint32_t flat[2 * kJ], hi[2 * kJ], lo[2 * kJ], b_hi[kJ][2], b_lo[kJ][2];
+    if constexpr (kTf32) {
 #pragma unroll
-    for (int j = 0; j < 2 * kJ; ++j) flat[j] = b[j / 2][j % 2];
-    split_tf32(flat, hi, lo);
+      for (int j = 0; j < kJ; ++j) mma_m16n8k8_tf32(d[j], a, b.lo[j]);
 #pragma unroll
-    for (int j = 0; j < 2 * kJ; ++j) {
-      b_hi[j / 2][j % 2] = hi[j];
-      b_lo[j / 2][j % 2] = lo[j];
+      for (int j = 0; j < kJ; ++j) mma_m16n8k8_tf32(d[j], a, b.hi[j]);
+      return;
     }
+    uint32_t hi[4], lo[4];
+    split_tf32(a, hi, lo);
 #pragma unroll
-    for (int i = 0; i < kI; ++i) {
-      if constexpr (kTf32) {
+    for (int j = 0; j < kJ; ++j) mma_m16n8k8_tf32(d[j], lo, b.hi[j]);
 #pragma unroll
-        for (int j = 0; j < kJ; ++j) mma_m16n8k8_tf32(d[i][j], a[i], b_lo[j]);
+    for (int j = 0; j < kJ; ++j) mma_m16n8k8_tf32(d[j], hi, b.lo[j]);
 #pragma unroll
-        for (int j = 0; j < kJ; ++j) mma_m16n8k8_tf32(d[i][j], a[i], b_hi[j]);
-        continue;
-      }
-      uint32_t a_hi[4], a_lo[4];
-      split_tf32(a[i], a_hi, a_lo);
-#pragma unroll
-      for (int j = 0; j < kJ; ++j) mma_m16n8k8_tf32(d[i][j], a_lo, b_hi[j]);
-#pragma unroll
-      for (int j = 0; j < kJ; ++j) mma_m16n8k8_tf32(d[i][j], a_hi, b_lo[j]);
-#pragma unroll
-      for (int j = 0; j < kJ; ++j) mma_m16n8k8_tf32(d[i][j], a_hi, b_hi[j]);
-    }
+    for (int j = 0; j < kJ; ++j) mma_m16n8k8_tf32(d[j], hi, b.hi[j]);
   }
+}
+
+// d[i][j] += a[i] b[j].
+template <class T, bool kTf32, int kI, int kJ>
+__device__ __forceinline__ void multiply(float (&d)[kI][kJ][4], const uint32_t (&a)[kI][4], const uint32_t (&b)[kJ][2]) {
+  const Factors<T, kJ> factors(b);
+#pragma unroll
+  for (int i = 0; i < kI; ++i) multiply_row<T, kTf32>(d[i], a[i], factors);
 }
 
 // Of the sums of a tile: where they go in y, or in one split's share of the workspace, which is laid out alike.
@@ -227,13 +249,23 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) matmul_kernel(c
   static_assert(Tile::kDepth % kK == 0, "a step is made of whole products");
 
   unsigned char* const stages = dynamic_shared();
-  // Row tiles run fastest: blocks at work together share activations, and read all of the weights, which are small.
   unsigned rest = blockIdx.x;
-  const int64_t row0 = int64_t(rest % p.row_tiles) * Tile::kRows;
-  rest /= p.row_tiles;
-  const int64_t column0 = int64_t(rest % p.column_tiles) * Tile::kCols;
-  rest /= p.column_tiles;
-  const int group = int(rest % unsigned(p.a.groups)), split = int(rest / unsigned(p.a.groups));
+  int64_t row0, column0;
+  int group, split;
+  if constexpr (HasOrder<W>::value) {
+    column0 = int64_t(rest % p.column_tiles) * Tile::kCols;
+    rest /= p.column_tiles;
+    split = int(rest % unsigned(p.splits));
+    W::tile(p.w, rest / unsigned(p.splits), row0, group);
+  } else {
+    // Row tiles run fastest: blocks at work together share activations, and read all of the weights, which are small.
+    row0 = int64_t(rest % p.row_tiles) * Tile::kRows;
+    rest /= p.row_tiles;
+    column0 = int64_t(rest % p.column_tiles) * Tile::kCols;
+    rest /= p.column_tiles;
+    group = int(rest % unsigned(p.a.groups));
+    split = int(rest / unsigned(p.a.groups));
+  }
 
   W w(p.w, stages + Shape::kStagesBytes + X::kTableBytes, row0, group, split, p.splits);
   X x(p.a, stages + Shape::kStagesBytes, column0, group);
@@ -286,19 +318,39 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) matmul_kernel(c
       w.expand(raw, step);
       sync_threads();
     }
-    constexpr int kBuffers = sizeof(T) == 2 ? 2 : 1;
-    uint32_t a[kBuffers][kI][4], b[kBuffers][kJ][2];
-    const auto fragments = [&](int s) {
-      X::fragment(b[s % kBuffers], stage, warp_column, s * kK);
+    if constexpr (Skips<W>::value) {
 #pragma unroll
-      for (int i = 0; i < kI; ++i) w.fragment(a[s % kBuffers][i], raw, step, warp_row + 16 * i, s * kK);
-    };
-    fragments(0);
+      for (int s = 0; s < kSteps; ++s) {
+        bool here[kI], any = false;
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      if (kBuffers == 2 && s + 1 < kSteps) fragments(s + 1);
-      multiply<T, IsTf32<W>::value>(d, a[s % kBuffers], b[s % kBuffers]);
-      if (kBuffers == 1 && s + 1 < kSteps) fragments(s + 1);
+        for (int i = 0; i < kI; ++i) any |= here[i] = w.stored(raw, step, warp_row + 16 * i, s * kK);
+        if (!any) continue;
+        uint32_t b[kJ][2];
+        X::fragment(b, stage, warp_column, s * kK);
+        const Factors<T, kJ> factors(b);
+#pragma unroll
+        for (int i = 0; i < kI; ++i) {
+          if (!here[i]) continue;
+          uint32_t a[4];
+          w.fragment(a, raw, step, warp_row + 16 * i, s * kK);
+          multiply_row<T, IsTf32<W>::value>(d[i], a, factors);
+        }
+      }
+    } else {
+      constexpr int kBuffers = sizeof(T) == 2 ? 2 : 1;
+      uint32_t a[kBuffers][kI][4], b[kBuffers][kJ][2];
+      const auto fragments = [&](int s) {
+        X::fragment(b[s % kBuffers], stage, warp_column, s * kK);
+#pragma unroll
+        for (int i = 0; i < kI; ++i) w.fragment(a[s % kBuffers][i], raw, step, warp_row + 16 * i, s * kK);
+      };
+      fragments(0);
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+        if (kBuffers == 2 && s + 1 < kSteps) fragments(s + 1);
+        multiply<T, IsTf32<W>::value>(d, a[s % kBuffers], b[s % kBuffers]);
+        if (kBuffers == 1 && s + 1 < kSteps) fragments(s + 1);
+      }
     }
     if (next < steps) x.store(into);
     free = slot;
