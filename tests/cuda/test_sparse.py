@@ -126,10 +126,17 @@ def test_few_rows_of_a_deep_weight(device: Device) -> None:
 
 def test_rows_that_fill_a_device(device: Device) -> None:
     """Enough tiles for eight rows a warp, and more than 32 weights of a row in one panel."""
-    problem = LinearProblem("", 65, 64 * 67, 5, 0.6, seed=3)
+    n = 64 * 67
+    x, weight, bias = tensors(LinearProblem("", 65, n, 70, 0.6, seed=3), torch.float32, device)
+    stored = (weight.values, weight.columns, weight.row_offsets)
+    check(device.ops.sparse_linear(x, *stored, None, None, None, bias, True), x, weight, bias)
+    problem = ConvProblem("", 1, 2, n, 9, 8, padding=(1, 1), density=0.5, seed=4)
     x, weight, bias = tensors(problem, torch.float32, device)
-    check(device.ops.sparse_linear(x, weight.values, weight.columns, weight.row_offsets, None, None, None, bias, True),
-          x, weight, bias)  # fmt: skip
+    stored = (weight.values, weight.columns, weight.row_offsets)
+    y = device.ops.sparse_conv2d(
+        x, *stored, None, None, None, bias, [3, 3], [1, 1], [1, 1], [1, 1], 1, True
+    )  # fmt: skip
+    check(y, x, weight, bias, **operators.geometry(problem))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, **IDS)

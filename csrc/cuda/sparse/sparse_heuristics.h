@@ -39,6 +39,7 @@ inline int splits_for(const Activations& a, const DeviceInfo& device) {
 // So rows win for a column or two of a weight that is almost empty; and for few columns of values that were not packed
 // beforehand, which costs another eight bytes for each.
 inline bool tiles_pay(const Activations& a, int64_t nnz, bool packed) {
+  if (columns_of(a) > INT32_MAX) return false;  // they count in 32 bits
   if (!packed) return columns_of(a) > 8;
   return columns_of(a) > 2 || double(nnz) >= 0.03 * double(a.n) * double(a.k);
 }

@@ -103,7 +103,7 @@ constexpr int kPanelPitch = kPanelColumns + 2;  // even, and rows that are fille
 constexpr int kPanelFloats = kPanelDepth * kPanelPitch;
 constexpr int kWeightBytes = kPanelWarps * kWarp * 8;  // (place in the panel, value), of each warp
 constexpr int kTapBytes = 2 * kPanelDepth * 16;        // of each k of a panel its offset in the image, y, x
-constexpr int kPanelShared = 2 * kPanelFloats * 4 + kWeightBytes + kTapBytes;
+constexpr int kPanelShared = 2 * kPanelFloats * 4 + kWeightBytes + kTapBytes + kPanelWarps * 8 * 4;
 
 // Fills panels with activations. Lanes run along what lies together in memory: k of a linear layer, pixels of an image.
 template <class T, bool kConv>
@@ -191,6 +191,7 @@ __global__ void __launch_bounds__(kPanelThreads, 2) panel_kernel(const RowParams
   float* const panels = reinterpret_cast<float*>(dynamic_shared());
   uint2* const weights = reinterpret_cast<uint2*>(panels + 2 * kPanelFloats);
   uint4* const taps = reinterpret_cast<uint4*>(weights + kPanelWarps * kWarp);
+  int32_t* const ends = reinterpret_cast<int32_t*>(taps + 2 * kPanelDepth);  // of each row, to spare registers
   const int64_t of_group = p.a.n / p.a.groups;
   int64_t tile = blockIdx.x;
   const int64_t row_tile = tile % p.row_tiles;
@@ -203,14 +204,16 @@ __global__ void __launch_bounds__(kPanelThreads, 2) panel_kernel(const RowParams
   const int64_t first = row_tile * kTileRows + warp * kRows;  // in the group
   Panels<T, kConv> panel(p.a, column0, group, panels, taps);
 
-  int32_t place[kRows], end[kRows];
+  int32_t place[kRows];
+  int32_t* const end = ends + warp * kRows;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const bool in = first + r < of_group;
     const int32_t* at = p.csr.row_offsets + group * of_group + first + r;
     place[r] = in ? load_constant(at) : 0;
-    end[r] = in ? load_constant(at + 1) : 0;
+    if (lane == r) end[r] = in ? load_constant(at + 1) : 0;
   }
+  sync_warp();
   float sum[kRows][2] = {};
   const int64_t panel_count = (p.a.k + kPanelDepth - 1) / kPanelDepth;
   panel.prepare(0, 0);
