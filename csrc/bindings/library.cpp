@@ -82,6 +82,8 @@ STABLE_TORCH_LIBRARY(SLIM_LIBRARY, m) {
   m.def("huffman_decode(Tensor blob, int n) -> Tensor");
 
   m.def("sparse_codebook_plan(Tensor gaps, Tensor row_offsets, int width, int groups, int taps) -> Tensor");
+  m.def("sparse_codebook_cuda_plan(Tensor codes, Tensor gaps, Tensor row_offsets, int width, int groups, int bits) "
+        "-> Tensor");
   m.def("sparse_codebook_positions(Tensor gaps, Tensor row_offsets, int width) -> (Tensor, Tensor)");
   m.def("sparse_codebook_decode(" STORED ", Tensor columns, int width, int bits, int group_size) -> Tensor");
   m.def("sparse_codebook_sum_members(Tensor values, " STORED ", int width, int bits, int group_size) -> Tensor");
@@ -154,10 +156,25 @@ STABLE_TORCH_LIBRARY_IMPL(SLIM_LIBRARY, SLIM_CUDA_KEY, m) {
 
   SLIM_IMPL("block_sparse_linear", slim::cuda::block_sparse_linear);
 
+  m.impl("binary_plan", TORCH_BOX(&slim::cuda::binary_plan));
+  SLIM_IMPL("binary_linear", slim::cuda::binary_linear);
+  SLIM_IMPL("binary_conv2d", slim::cuda::binary_conv2d);
+  m.impl("binary_linear_from_bits", TORCH_BOX(&slim::cuda::binary_linear_from_bits));
+  m.impl("binary_conv2d_from_bits", TORCH_BOX(&slim::cuda::binary_conv2d_from_bits));
+  m.impl("binary_linear_to_bits", TORCH_BOX(&slim::cuda::binary_linear_to_bits));
+  m.impl("binary_conv2d_to_bits", TORCH_BOX(&slim::cuda::binary_conv2d_to_bits));
+  m.impl("binary_scale_dots", TORCH_BOX(&slim::cuda::binary_scale_dots));
+
   SLIM_IMPL("codebook_linear", slim::cuda::codebook_linear);
   SLIM_IMPL("codebook_conv2d", slim::cuda::codebook_conv2d);
   m.impl("codebook_decode", TORCH_BOX(&slim::cuda::codebook_decode));
   m.impl("codebook_sum_members", TORCH_BOX(&slim::cuda::codebook_sum_members));
+
+  m.impl("sparse_codebook_positions", TORCH_BOX(&slim::cuda::sparse_codebook_positions));
+  m.impl("sparse_codebook_decode", TORCH_BOX(&slim::cuda::sparse_codebook_decode));
+  m.impl("sparse_codebook_sum_members", TORCH_BOX(&slim::cuda::sparse_codebook_sum_members));
+  SLIM_IMPL("sparse_codebook_linear", slim::cuda::sparse_codebook_linear);
+  SLIM_IMPL("sparse_codebook_conv2d", slim::cuda::sparse_codebook_conv2d);
 }
 #endif
 
@@ -165,4 +182,5 @@ STABLE_TORCH_LIBRARY_IMPL(SLIM_LIBRARY, SLIM_CUDA_KEY, m) {
 STABLE_TORCH_LIBRARY_IMPL(SLIM_LIBRARY, CPU, m) {
   m.impl("sparse_cuda_plan", TORCH_BOX(&slim::cuda::sparse_plan));
   m.impl("codebook_cuda_plan", TORCH_BOX(&slim::cuda::codebook::plan));
+  m.impl("sparse_codebook_cuda_plan", TORCH_BOX(&slim::cuda::sparse_codebook_plan));
 }
