@@ -54,10 +54,10 @@ inline int dot_columns(const Activations& a) {
   return a.m <= 8 ? 1 : 0;
 }
 
-// Rows of a warp in the panel kernel: 8 share a panel better, 2 fill a device with a small matrix.
-inline int panel_rows(const Activations& a, const DeviceInfo& device) {
-  const int64_t tiles = (a.n / a.groups + 63) / 64 * a.groups * ((columns_of(a) + 63) / 64);
-  return tiles >= device.multiprocessors ? 8 : 2;
+// Whether panels with many rows a block, which share activations better, still fill the device.
+inline bool panels_fill(const Activations& a, int64_t rows, const DeviceInfo& device) {
+  const int64_t tiles = (a.n / a.groups + rows - 1) / rows * a.groups * ((columns_of(a) + 63) / 64);
+  return tiles >= device.multiprocessors;
 }
 
 }  // namespace slim::cuda::sparse
