@@ -473,20 +473,34 @@ constexpr int kReduceThreads = 256;
 
 template <class T, class Exact>
 __global__ void __launch_bounds__(kReduceThreads) reduce_kernel(const ReduceParams<Exact> p) {
+  constexpr bool kExact = !std::is_same_v<Exact, NoExact>;
+  T* const y = static_cast<T*>(p.y);
+  bool nan = false;
   for (int64_t i = int64_t(blockIdx.x) * kReduceThreads + threadIdx.x; i < p.total;
        i += int64_t(gridDim.x) * kReduceThreads) {
     float sum = 0.0f;
     for (int s = 0; s < p.splits; ++s) sum += p.partial[s * p.total + i];
-    if constexpr (!std::is_same_v<Exact, NoExact>) {
-      if (sum != sum) {
-        const int64_t of_group = p.n / p.a.groups, row = i / p.inner % p.n;
-        sum = Exact::exact(p.exact, p.a, int(row / of_group), row % of_group,
-                           i / (p.inner * p.n) * p.inner + i % p.inner);
-      }
-    }
+    if constexpr (kExact) nan |= sum != sum;
     if (p.bias) sum += to_float(load_constant(static_cast<const T*>(p.bias) + i / p.inner % p.n));
     if (p.relu && sum < 0.0f) sum = 0.0f;
-    static_cast<T*>(p.y)[i] = from_float<T>(sum);
+    y[i] = from_float<T>(sum);
+  }
+  if constexpr (kExact) {
+    if (!nan) return;
+    // Rare: each thread looks through what it has just written.
+#pragma unroll 1
+    for (int64_t i = int64_t(blockIdx.x) * kReduceThreads + threadIdx.x; i < p.total;
+         i += int64_t(gridDim.x) * kReduceThreads) {
+      const float old = to_float(y[i]);
+      if (old == old) continue;
+      const int64_t line = i / p.inner, column = line / p.n;  // of y [columns / inner][n][inner]
+      const uint32_t row = uint32_t(line - column * p.n), of_group = uint32_t(p.n) / uint32_t(p.a.groups);
+      float sum =
+          Exact::exact(p.exact, p.a, int(row / of_group), row % of_group, column * p.inner + (i - line * p.inner));
+      if (p.bias) sum += to_float(load_constant(static_cast<const T*>(p.bias) + row));
+      if (p.relu && sum < 0.0f) sum = 0.0f;
+      y[i] = from_float<T>(sum);
+    }
   }
 }
 
