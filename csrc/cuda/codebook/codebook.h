@@ -45,6 +45,11 @@ constexpr int64_t plan_bytes(int64_t rows, int64_t width, int64_t bits, int64_t 
 
 // The launchers return null, or what is wrong; `stream` is a cudaStream_t.
 
+// Shared memory of the kernel for few columns (codebook_few.cuh): its pair table and four slabs of x for each of 16 warps.
+constexpr int64_t few_columns_shared(int bits, int64_t columns) {
+  return (int64_t(128) << 2 * bits) + 16 * 4 * (columns <= 8 ? 8 : 16) * kSlab * 2;
+}
+
 // How a product is computed (codebook_heuristics.h); into how many shares its sums are cut.
 struct Choice;
 // partial: splits * n * columns floats, or null for one share.

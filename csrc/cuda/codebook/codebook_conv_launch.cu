@@ -17,7 +17,7 @@ const char* run(const Activations& a, const Weight& w, const Choice& c, float* p
 template <class T>
 const char* half(const Activations& a, const Weight& w, const Choice& c, float* partial, void* stream) {
   using Tile = slim::cuda::Tile<64, 64, 64, 2, 2, 3>;
-  return c.look == Look::pair ? run<PairWeights<T, Tile, 0>, Tile>(a, w, c, partial, stream)
+  return c.kernel == Kernel::pair ? run<PairWeights<T, Tile, 0>, Tile>(a, w, c, partial, stream)
                               : run<SingleWeights<T, Tile>, Tile>(a, w, c, partial, stream);
 }
 
@@ -37,7 +37,7 @@ bool nothing(const Activations& a) { return a.n == 0 || columns_of(a) == 0; }
 }  // namespace
 
 const char* conv(const Activations& a, const Weight& w, const Choice& c, float* partial, void* stream) {
-  if (c.few_rows) {
+  if (c.kernel == Kernel::few_rows_of_group) {
     if (const char* error = check_geometry(a)) return error;
     return a.type == DType::f32   ? few_rows<float>(a, w, stream)
            : a.type == DType::f16 ? few_rows<Half>(a, w, stream)
@@ -52,7 +52,8 @@ const char* conv(const Activations& a, const Weight& w, const Choice& c, float* 
 const char* forward(const Activations& a, const Weight& w, const Choice& c, float* partial, void* stream) {
   if (nothing(a)) return nullptr;
   if (a.conv) return conv(a, w, c, partial, stream);
-  return c.look == Look::pair ? linear_pair(a, w, c, partial, stream) : linear_single(a, w, c, partial, stream);
+  if (c.kernel == Kernel::few_columns) return linear_few(a, w, stream);
+  return c.kernel == Kernel::pair ? linear_pair(a, w, c, partial, stream) : linear_single(a, w, c, partial, stream);
 }
 
 }  // namespace slim::cuda::codebook
