@@ -160,6 +160,88 @@ def test_convolutions_around_the_edges_of_a_tile(device: Device, dtype: torch.dt
     run(device, conv(dtype, c_in=35, c_out=20, h=8, w=9, kernel=(1, 1), padding=(0, 0)), tile=tile)
 
 
+# (rows, k) of a block of gradients, as dense_outer_launch.cu numbers them
+OUTER_TILES = ((128, 128), (64, 64), (16, 128))
+OUTER_SLABS = 1
+
+
+def run_outer(
+    device: Device, problem: Problem, *, tile: int, kind: int = 0, splits: int = 1, offset: int = 0
+) -> Tensor:
+    """Run and compare with autograd in float64. offset: entries by which input and gradient are misaligned."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        memory = torch.empty(tensor.numel() + offset, dtype=tensor.dtype)
+        return device.move(memory[offset:].view(tensor.shape).copy_(tensor))
+
+    x, weight = problem.input(), problem.weight()
+    wide = weight.double().requires_grad_()
+    generator = torch.Generator().manual_seed(problem.seed)
+
+    def gradient(x: Tensor, grad: Tensor) -> Tensor:
+        return torch.autograd.grad(forward(x, wide), wide, grad)[0].flatten(1)
+
+    if isinstance(problem, LinearProblem):
+        forward, name, geometry = F.linear, "dense_linear_grad", ()
+    else:
+        p = problem
+        geometry = (p.kernel, p.stride, p.padding, p.dilation, p.groups)
+        name = "dense_conv2d_grad"
+
+        def forward(x: Tensor, w: Tensor) -> Tensor:
+            return F.conv2d(x, w, None, p.stride, p.padding, p.dilation, p.groups)
+
+    grad = torch.randn(forward(x.double(), wide).shape, generator=generator).to(x.dtype)
+    actual = getattr(device.ops, name)(moved(grad), moved(x), *geometry, tile, kind, splits)
+    exact, magnitude = gradient(x.double(), grad.double()), gradient(x.double().abs(), grad.double().abs())
+    terms = grad.numel() // max(1, problem.weight().shape[0])
+    if x.dtype == torch.float32:
+        magnitude = magnitude * (1 + 8 * 2.0**-24 / sum_bound(max(1, terms), x.dtype))
+    assert_close(actual, exact, magnitude, terms)
+    return actual
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile", range(len(OUTER_TILES)))
+def test_gradients_of_linear_weights(device: Device, dtype: torch.dtype, tile: int) -> None:
+    rows, depth = OUTER_TILES[tile]
+    run_outer(device, linear(32, rows, depth, dtype), tile=tile)
+    run_outer(device, linear(33, rows + 1, depth - 1, dtype), tile=tile)
+    run_outer(device, linear(200, rows - 2, depth + 4, dtype), tile=tile)
+    run_outer(device, linear(0, rows, depth, dtype), tile=tile)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile", range(len(OUTER_TILES)))
+def test_gradients_of_convolutions(device: Device, dtype: torch.dtype, tile: int) -> None:
+    run_outer(device, conv(dtype, c_in=15, c_out=OUTER_TILES[tile][0] + 1), tile=tile)
+    run_outer(device, conv(dtype, c_in=130, h=4, w=9, kernel=(1, 1), padding=(0, 0)), tile=tile)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_gradients_of_all_geometries(device: Device, dtype: torch.dtype, name: str) -> None:
+    run_outer(device, conv(dtype, **CONVOLUTIONS[name]), tile=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [0, OUTER_SLABS])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_gradients_in_slabs_and_shares(device: Device, dtype: torch.dtype, kind: int, splits: int) -> None:
+    problem = linear(150, 18, 328, dtype)
+    first = run_outer(device, problem, tile=2, kind=kind, splits=splits)
+    assert torch.equal(first, run_outer(device, problem, tile=2, kind=kind, splits=splits))
+    run_outer(device, linear(40, 7, 31, dtype), tile=2, kind=kind, splits=splits)  # more splits than steps
+    run_outer(device, conv(dtype, c_in=18, c_out=20, groups=2), tile=2, kind=kind, splits=splits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [1, 2, 4])
+def test_gradients_of_misaligned_input(device: Device, dtype: torch.dtype, offset: int) -> None:
+    run_outer(device, linear(35, 24, 64, dtype), tile=1, offset=offset)
+    run_outer(device, conv(dtype, kernel=(1, 1), padding=(0, 0), c_in=20, h=4, w=8), tile=1, offset=offset)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_to_do(device: Device, dtype: torch.dtype) -> None:
     assert run(device, linear(0, 20, 16, dtype), tile=3).shape == (0, 20)

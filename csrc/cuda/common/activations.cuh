@@ -9,8 +9,9 @@
 // reads at once lie in different banks. What lies beyond k or beyond the last column is zero.
 //
 // Copies are asynchronous, as wide as address and strides allow (16, 8 or 4 bytes; all threads of a block alike). 16-bit
-// numbers that lie at odd addresses, and pixels of k x k convolutions, cannot be copied so: load() fetches them into
-// registers, and store() puts them into shared memory after the products of another step have hidden the wait.
+// pixels of k x k convolutions cannot be copied so: load() fetches them into registers, and store() puts them into shared
+// memory after the products of another step have hidden the wait. Rows of 16-bit numbers at odd addresses are rare: those
+// are fetched and put at once.
 //
 // A convolution asks for the same (channel, r, s) at every pixel, so a table in shared memory holds for each k of a step
 // its offset in the image and its place under the kernel; each thread keeps one or two pixels and goes down the table.
@@ -191,7 +192,6 @@ class Columns {
     } else {
       // A step may begin anywhere.
       const int width = low_bit(uint64_t(vector_) | uint64_t(depth(0) * kSize));
-      staged_ = width < 4;
       if (width == 16)
         copy_rows<16>(stage, depth);
       else if (width == 8)
@@ -199,14 +199,14 @@ class Columns {
       else if (kSize == 4 || width == 4)
         copy_rows<4>(stage, depth);
       else
-        fetch_rows(depth);
+        put_rows(stage, depth);
     }
   }
 
   // Ends what load() began and cp.async cannot do.
   __device__ __forceinline__ void store(unsigned char* stage) {
-    if constexpr (kSize == 2) {
-      if (kConv ? vector_ != 0 : !staged_) return;
+    if constexpr (kConv && kSize == 2) {
+      if (vector_ != 0) return;
 #pragma unroll
       for (int i = 0; i < kFetches; ++i) {
         const int at = i * Tile::kThreads + int(threadIdx.x);
@@ -228,7 +228,7 @@ class Columns {
   static constexpr int kFar = 1 << 30;                       // beyond every image
   static constexpr int kPair = kConv && kSize == 2 ? 2 : 1;  // pixels of a thread
   static constexpr int kPairs = kStageBytes / 4;             // words of a stage
-  static constexpr int kFetches = kSize == 2 ? (kPairs + Tile::kThreads - 1) / Tile::kThreads : 1;
+  static constexpr int kFetches = kConv && kSize == 2 ? (kPairs + Tile::kThreads - 1) / Tile::kThreads : 1;
 
   struct Pixel {
     const T* image;  // of its image the first channel of the group
@@ -239,7 +239,7 @@ class Columns {
   template <int kBytes, class Depth>
   __device__ __forceinline__ void copy_rows(unsigned char* stage, const Depth& depth) {
     constexpr int kPer = kBytes / kSize, kChunks = Tile::kDepth / kPer, kTotal = Tile::kCols * kChunks;
-#pragma unroll
+#pragma unroll(kBytes == 16 ? 8 : 1)
     for (int begin = 0; begin < kTotal; begin += Tile::kThreads) {
       const int i = begin + int(threadIdx.x);
       if (kTotal % Tile::kThreads != 0 && i >= kTotal) break;
@@ -252,17 +252,16 @@ class Columns {
   }
 
   template <class Depth>
-  __device__ __forceinline__ void fetch_rows(const Depth& depth) {
+  __device__ __forceinline__ void put_rows(unsigned char* stage, const Depth& depth) {
     if constexpr (kSize == 2) {
-#pragma unroll
-      for (int i = 0; i < kFetches; ++i) {
-        const int at = i * Tile::kThreads + int(threadIdx.x);
-        if (kPairs % Tile::kThreads != 0 && at >= kPairs) break;
-        const int column = at / (Tile::kDepth / 2), row = at % (Tile::kDepth / 2) * 2;
+#pragma unroll 1
+      for (int i = int(threadIdx.x); i < kPairs; i += Tile::kThreads) {
+        const int column = i / (Tile::kDepth / 2), row = i % (Tile::kDepth / 2) * 2;
         const int64_t k = depth(row), left = column < left_ ? k_ - k : 0;
         const T* from = x_ + column * k_ + k;
-        fetched_[i][0] = left > 0 ? load_constant(from).bits : uint16_t(0);
-        fetched_[i][1] = left > 1 ? load_constant(from + 1).bits : uint16_t(0);
+        const uint32_t low = left > 0 ? load_constant(from).bits : 0,
+                       high = left > 1 ? load_constant(from + 1).bits : 0;
+        *reinterpret_cast<uint32_t*>(stage + place<kRowBytes, false>(column, row * kSize)) = low | high << 16;
       }
     }
   }
@@ -271,7 +270,7 @@ class Columns {
   __device__ __forceinline__ void copy_pixels(unsigned char* stage, int slot) {
     constexpr int kPer = kBytes / kSize, kChunks = Tile::kCols / kPer, kTotal = Tile::kDepth * kChunks;
     const int column = int(threadIdx.x) % kChunks * kPer;
-#pragma unroll
+#pragma unroll(kBytes == 16 ? 8 : 1)
     for (int begin = 0; begin < kTotal; begin += Tile::kThreads) {
       const int i = begin + int(threadIdx.x);
       if (kTotal % Tile::kThreads != 0 && i >= kTotal) break;
@@ -316,7 +315,6 @@ class Columns {
   int64_t k_;
   int left_;    // columns of the tile that exist
   int vector_;  // bytes of a copy; 0: pixels one by one
-  bool staged_ = false;
   int height_ = 0, width_ = 0, dilation_h_ = 0, dilation_w_ = 0;
   unsigned kernel_w_ = 1, taps_ = 1;
   Pixel pixel_[kPair] = {};

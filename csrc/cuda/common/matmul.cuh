@@ -27,15 +27,16 @@
 // * Optional: `static constexpr int kSlab` (a divisor of Tile::kDepth, a multiple of 8) and `depth(int step, int slab)`
 //   instead of depth(step): a step is then put together of slabs that lie anywhere in k, as blocks do.
 // * Optional, where zeros that are not stored are multiplied too, which would turn a NaN or Inf among the activations into
-//   NaN in all rows: `static __device__ float exact(const Params&, const Activations&, int group, int64_t row, int64_t
-//   column)`, the sum of one output (row within the group) over stored weights alone. Every sum that is NaN is asked for
-//   anew. (One that is Inf is right: a zero times Inf would have made it NaN.)
+//   NaN in all rows: `using Exact = …`, a struct (of no tile, so that tiles share a kernel) with the same Params and
+//   `static __device__ float exact(const Params&, const Activations&, int group, int64_t row, int64_t column)`, the sum
+//   of one output (row within the group) over stored weights alone. Every sum that is NaN is asked for anew. (One that is
+//   Inf is right: a zero times Inf would have made it NaN.)
 // * depth() is asked in every step before its loads: keep what it needs in registers or the block's shared memory.
 // * expand() may write to the block's shared memory: a barrier stands between it and the products of the step before.
 // * load(stage, step) may run while other threads still do the products of step - kStages + 1 and later ones.
 //
 // A step in flight takes a stage of shared memory: activations, then the policy's bytes. While one step is multiplied,
-// kStages - 1 others are on their way. Within a step fragments are loaded one k ahead of their products.
+// kStages - 1 others are on their way. Within a step fragments of 16-bit numbers are loaded one k ahead of their products.
 //
 // float32 runs as three products of tf32: each factor is split into hi + lo, 11 bits each, and hi hi + hi lo + lo hi is
 // summed; what is left out is below 2^-22 of a product.
@@ -76,10 +77,19 @@ struct SlabOf<W, std::void_t<decltype(W::kSlab)>> {
   static constexpr int value = W::kSlab;
 };
 
+struct NoExact {
+  struct Params {};
+};
 template <class W, class = void>
-struct HasExact : std::false_type {};
+struct ExactOf {
+  using type = NoExact;
+  static type::Params params(const typename W::Params&) { return {}; }
+};
 template <class W>
-struct HasExact<W, std::void_t<decltype(&W::exact)>> : std::true_type {};
+struct ExactOf<W, std::void_t<typename W::Exact>> {
+  using type = typename W::Exact;
+  static const typename type::Params& params(const typename W::Params& p) { return p; }
+};
 
 template <class W, bool kConv, class Tile>
 struct MatmulShape {
@@ -185,6 +195,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) matmul_kernel(c
   constexpr int kSteps = Tile::kDepth / kK;
   constexpr int kI = Tile::kRows / Tile::kWarpsR / 16, kJ = X::kTiles;
   constexpr int kSlab = SlabOf<W>::value;
+  using Exact = typename ExactOf<W>::type;
+  constexpr bool kExact = !std::is_same_v<Exact, NoExact>;
   static_assert(Tile::kDepth % kK == 0, "a step is made of whole products");
 
   unsigned char* const stages = dynamic_shared();
@@ -245,15 +257,19 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) matmul_kernel(c
       w.expand(raw, step);
       sync_threads();
     }
-    uint32_t a[2][kI][4], b[2][kJ][2];
+    constexpr int kBuffers = sizeof(T) == 2 ? 2 : 1;
+    uint32_t a[kBuffers][kI][4], b[kBuffers][kJ][2];
+    const auto fragments = [&](int s) {
+      X::fragment(b[s % kBuffers], stage, warp_column, s * kK);
 #pragma unroll
-    for (int s = 0; s <= kSteps; ++s) {
-      if (s < kSteps) {
-        X::fragment(b[s % 2], stage, warp_column, s * kK);
+      for (int i = 0; i < kI; ++i) w.fragment(a[s % kBuffers][i], raw, step, warp_row + 16 * i, s * kK);
+    };
+    fragments(0);
 #pragma unroll
-        for (int i = 0; i < kI; ++i) w.fragment(a[s % 2][i], raw, step, warp_row + 16 * i, s * kK);
-      }
-      if (s > 0) multiply<T>(d, a[(s + 1) % 2], b[(s + 1) % 2]);
+    for (int s = 0; s < kSteps; ++s) {
+      if (kBuffers == 2 && s + 1 < kSteps) fragments(s + 1);
+      multiply<T>(d, a[s % kBuffers], b[s % kBuffers]);
+      if (kBuffers == 1 && s + 1 < kSteps) fragments(s + 1);
     }
     if (next < steps) x.store(into);
     free = slot;
@@ -300,12 +316,12 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) matmul_kernel(c
         for (int h = 0; h < 2; ++h) {
           const int column = lane_column + 8 * j + h;
           float sum = d[i][j][2 * v + h] + bias;
-          if constexpr (HasExact<W>::value) nan |= sum != sum;
+          if constexpr (kExact) nan |= sum != sum;
           if (p.a.relu && sum < 0.0f) sum = 0.0f;
           result[kConv ? row * Shape::kLine + column : column * Shape::kLine + row] = from_float<T>(sum);
         }
     }
-  if constexpr (HasExact<W>::value) {
+  if constexpr (kExact) {
     // Rare, so small code: each thread looks through what it has just written.
     if (nan) {
 #pragma unroll 1
@@ -314,7 +330,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) matmul_kernel(c
         T& at = result[kConv ? row * Shape::kLine + column : column * Shape::kLine + row];
         const float old = to_float(at);
         if (row >= out.rows || column >= out.columns || old == old) continue;
-        float sum = W::exact(p.w, p.a, group, row0 + row, column0 + column);
+        float sum = Exact::exact(p.w, p.a, group, row0 + row, column0 + column);
         if (p.a.bias) sum += to_float(load_constant(static_cast<const T*>(p.a.bias) + out.row0 + row));
         if (p.a.relu && sum < 0.0f) sum = 0.0f;
         at = from_float<T>(sum);
@@ -355,7 +371,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) matmul_kernel(c
 }
 
 // Adds up the shares of a split sum, always in the same order.
-template <class W>
+template <class Exact>
 struct ReduceParams {
   const float* partial;  // [splits][as y]
   void* y;
@@ -363,22 +379,23 @@ struct ReduceParams {
   int splits;
   bool relu;
   int64_t total, n, inner;  // entries of y; rows; entries from one row of y to the next
-  MatmulParams<W> m;        // for exact()
+  Activations a;            // for exact()
+  typename Exact::Params exact;
 };
 
 constexpr int kReduceThreads = 256;
 
-template <class W>
-__global__ void __launch_bounds__(kReduceThreads) reduce_kernel(const ReduceParams<W> p) {
-  using T = typename W::Value;
+template <class T, class Exact>
+__global__ void __launch_bounds__(kReduceThreads) reduce_kernel(const ReduceParams<Exact> p) {
   for (int64_t i = int64_t(blockIdx.x) * kReduceThreads + threadIdx.x; i < p.total;
        i += int64_t(gridDim.x) * kReduceThreads) {
     float sum = 0.0f;
     for (int s = 0; s < p.splits; ++s) sum += p.partial[s * p.total + i];
-    if constexpr (HasExact<W>::value) {
+    if constexpr (!std::is_same_v<Exact, NoExact>) {
       if (sum != sum) {
-        const int64_t of_group = p.n / p.m.a.groups, row = i / p.inner % p.n;
-        sum = W::exact(p.m.w, p.m.a, int(row / of_group), row % of_group, i / (p.inner * p.n) * p.inner + i % p.inner);
+        const int64_t of_group = p.n / p.a.groups, row = i / p.inner % p.n;
+        sum = Exact::exact(p.exact, p.a, int(row / of_group), row % of_group,
+                           i / (p.inner * p.n) * p.inner + i % p.inner);
       }
     }
     if (p.bias) sum += to_float(load_constant(static_cast<const T*>(p.bias) + i / p.inner % p.n));
