@@ -28,7 +28,7 @@ struct Weight {
   const unsigned char* plan;  // or null: then the kernels bring the codes into order themselves
   const uint8_t* codes;       // [bytes] entry r * width + c occupies bits [entry * bits, (entry + 1) * bits)
   int64_t bytes;
-  const void* tables;  // [tables, 2**bits] of the dtype of x; null in sum_members
+  const void* tables;   // [tables, 2**bits] of the dtype of x; null in sum_members
   int64_t rows, width;  // of all groups together; of one row
   int64_t group_size;
   int64_t table_count;

@@ -35,7 +35,7 @@ struct FewShape {
 };
 
 template <class T, int kBits, int kCols>
-__global__ void __launch_bounds__(kFewWarps * kWarp) few_kernel(const FewParams p) {
+__global__ void __launch_bounds__(kFewWarps* kWarp) few_kernel(const FewParams p) {
   using Shape = FewShape<kBits, kCols>;
   constexpr int kTiles = kFewRows / 16, kColTiles = kCols / 8;
   const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
@@ -55,7 +55,8 @@ __global__ void __launch_bounds__(kFewWarps * kWarp) few_kernel(const FewParams 
       for (int i = 0; i < kTiles; ++i)
 #pragma unroll
         for (int b = 0; b < kBits; ++b)
-          held[slot][i][b] = i < tiles ? load_constant(codes + (int64_t(i) * slabs + slab) * (kBits * kWarp) + b * kWarp) : 0;
+          held[slot][i][b] =
+              i < tiles ? load_constant(codes + (int64_t(i) * slabs + slab) * (kBits * kWarp) + b * kWarp) : 0;
       const int chunk = lane % 8, k = slab * kSlab + chunk * 8;
 #pragma unroll
       for (int i = 0; i < kCols / 4; ++i) {
@@ -138,7 +139,8 @@ __global__ void __launch_bounds__(kFewWarps * kWarp) few_kernel(const FewParams 
     for (int c = 0; c < kColTiles; ++c)
 #pragma unroll
       for (int v = 0; v < 4; ++v)
-        sums[(warp * kCols + c * 8 + lane % 4 * 2 + v % 2) * (kFewRows + 1) + i * 16 + lane / 4 + v / 2 * 8] = d[i][c][v];
+        sums[(warp * kCols + c * 8 + lane % 4 * 2 + v % 2) * (kFewRows + 1) + i * 16 + lane / 4 + v / 2 * 8] =
+            d[i][c][v];
   sync_threads();
   for (int o = int(threadIdx.x); o < kCols * kFewRows; o += kFewWarps * kWarp) {
     const int column = o / kFewRows;

@@ -12,8 +12,8 @@ template <class T, int kBits, int kCols>
 const char* run(const FewParams& p, void* stream) {
   const unsigned blocks = unsigned((p.a.n + kFewRows - 1) / kFewRows);
   return launch(few_kernel<T, kBits, kCols>,
-                {"codebook::linear, few rows", dim3(blocks), dim3(kFewWarps * kWarp), FewShape<kBits, kCols>::kSharedBytes,
-                 stream},
+                {"codebook::linear, few rows", dim3(blocks), dim3(kFewWarps * kWarp),
+                 FewShape<kBits, kCols>::kSharedBytes, stream},
                 p);
 }
 

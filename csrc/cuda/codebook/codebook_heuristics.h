@@ -10,7 +10,8 @@ namespace slim::cuda::codebook {
 enum class Kernel {
   few_rows_of_group,  // convolutions whose groups are too small for tiles of 16 rows
   few_columns,        // linear, codebook_few.cuh
-  pair, single        // the main loop, with that policy of codebook_weights.cuh
+  pair,
+  single  // the main loop, with that policy of codebook_weights.cuh
 };
 
 struct Choice {

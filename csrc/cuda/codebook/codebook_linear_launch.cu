@@ -11,7 +11,8 @@ namespace {
 // kBits: 4, or 0 for whatever it is.
 template <class T, int kBits, class Tile>
 const char* run(const Activations& a, const Weight& w, const Choice& c, float* partial, void* stream) {
-  return matmul<PairWeights<T, Tile, kBits>, false, Tile>("codebook::linear, pairs", a, {w, 0}, c.splits, partial, stream);
+  return matmul<PairWeights<T, Tile, kBits>, false, Tile>("codebook::linear, pairs", a, {w, 0}, c.splits, partial,
+                                                          stream);
 }
 
 template <class T>
