@@ -45,8 +45,8 @@ template <class T>
 const char* transpose(const Params& p, void* stream) {
   const TransposeParams t{p.a.x, p.scratch, p.a.m, p.a.k, transposed_width(p.a)};
   const dim3 grid(unsigned(divide_up(t.k, 32)), grid_y(divide_up(t.width, 32)));
-  return launch(transpose_kernel<T>, {"sparse_codebook::transpose", grid, dim3(32, 8), 32 * 33 * int(sizeof(T)), stream},
-                t);
+  return launch(transpose_kernel<T>,
+                {"sparse_codebook::transpose", grid, dim3(32, 8), 32 * 33 * int(sizeof(T)), stream}, t);
 }
 
 template <class T, int kM>
@@ -80,8 +80,7 @@ const char* forward_as(const Params& p, void* stream) {
   if (p.a.conv) {
     const ConvGeometry& g = p.a.geometry;
     f.step = g.height * g.width;
-    if (direct(g))
-      return wide(p) ? many_columns<T, false, 4>(p, f, stream) : many_columns<T, false, 1>(p, f, stream);
+    if (direct(g)) return wide(p) ? many_columns<T, false, 4>(p, f, stream) : many_columns<T, false, 1>(p, f, stream);
     return wide(p) ? many_columns<T, true, 4>(p, f, stream) : many_columns<T, true, 1>(p, f, stream);
   }
   if (p.a.m == 1) return few_columns<T, 1>(p, f, stream);
