@@ -17,10 +17,10 @@ unsigned grid_y(int64_t n) { return unsigned(n < 65535 ? n : 65535); }
 int64_t transposed_width(const Activations& a) { return a.m <= kFew ? kFew : divide_up(a.m, kWarp) * kWarp; }
 
 // Columns of a lane in many_columns_kernel: four, which decode an entry once for 128 columns, if there are as many, and
-// if blocks are left for all multiprocessors, two for each.
+// if blocks are left for all multiprocessors.
 bool wide(const Params& p) {
   const int64_t columns = columns_of(p.a);
-  return columns > 64 && divide_up(columns, 128) * divide_up(p.w.rows, kManyWarps) >= 2 * p.device.multiprocessors;
+  return columns > 64 && divide_up(columns, 128) * divide_up(p.w.rows, kManyWarps) >= p.device.multiprocessors;
 }
 
 // A 1x1 convolution whose output pixels are the input's.
