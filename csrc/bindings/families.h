@@ -110,7 +110,8 @@ Tensor block_sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor row_o
 
 // As in slim::binary; plans are made on the device, of kind 0 or 1 (floats of any of its dtypes).
 Tensor binary_plan(Tensor signs, int64_t rows, int64_t channels, SLIM_INTS kernel, int64_t groups, int64_t kind);
-Tensor binary_linear(Tensor x, Tensor signs, Tensor scale, SLIM_OPT plan, SLIM_OPT bias, bool binarize_input, bool relu);
+Tensor binary_linear(Tensor x, Tensor signs, Tensor scale, SLIM_OPT plan, SLIM_OPT bias, bool binarize_input,
+                     bool relu);
 Tensor binary_conv2d(Tensor x, Tensor signs, Tensor scale, SLIM_OPT plan, SLIM_OPT bias, SLIM_INTS kernel,
                      SLIM_INTS stride, SLIM_INTS padding, SLIM_INTS dilation, int64_t groups, bool binarize_input,
                      bool relu);
