@@ -101,9 +101,29 @@ Tensor conv2d(Tensor x, SLIM_STORED, SLIM_OPT plan, SLIM_OPT columns, SLIM_OPT o
               SLIM_INTS stride, SLIM_INTS padding, SLIM_INTS dilation, int64_t groups, bool relu);
 }  // namespace slim::sparse_codebook
 
+// Plans for the kernels on CUDA tensors, made of CPU tensors.
+namespace slim::cuda {
+Tensor sparse_codebook_plan(Tensor codes, Tensor gaps, Tensor row_offsets, int64_t width, int64_t groups, int64_t bits);
+}  // namespace slim::cuda
+
 // On CUDA tensors, behind the same schemas.
 #if defined(SLIM_CUDA) || defined(SLIM_CUDA_HOST)
 namespace slim::cuda {
+
+Tensor sparse_pack_values(Tensor values, Tensor plan);
+Tensor sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, SLIM_OPT plan, SLIM_OPT backward_plan,
+                     SLIM_OPT packed_values, SLIM_OPT bias, bool relu);
+Tensor sparse_linear_grad_input(Tensor grad, Tensor values, Tensor columns, Tensor row_offsets, SLIM_OPT backward_plan,
+                                int64_t width);
+Tensor sparse_linear_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor row_offsets, SLIM_OPT plan);
+Tensor sparse_conv2d(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, SLIM_OPT plan, SLIM_OPT backward_plan,
+                     SLIM_OPT packed_values, SLIM_OPT bias, SLIM_INTS kernel, SLIM_INTS stride, SLIM_INTS padding,
+                     SLIM_INTS dilation, int64_t groups, bool relu);
+Tensor sparse_conv2d_grad_columns(Tensor grad, Tensor values, Tensor columns, Tensor row_offsets,
+                                  SLIM_OPT backward_plan, int64_t width, int64_t groups);
+Tensor sparse_conv2d_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor row_offsets, SLIM_OPT plan,
+                                 SLIM_INTS kernel, SLIM_INTS stride, SLIM_INTS padding, SLIM_INTS dilation,
+                                 int64_t groups);
 
 Tensor block_sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, SLIM_OPT plan,
                            SLIM_OPT backward_plan, SLIM_OPT bias, int64_t rows, bool relu);
@@ -132,6 +152,17 @@ Tensor codebook_conv2d(Tensor x, Tensor codebook, Tensor codes, SLIM_OPT plan, i
                        SLIM_INTS padding, SLIM_INTS dilation, int64_t groups, bool relu);
 Tensor codebook_decode(Tensor codebook, Tensor codes, int64_t rows, int64_t width, int64_t bits, int64_t group_size);
 Tensor codebook_sum_members(Tensor grad_weight, Tensor codes, int64_t bits, int64_t group_size, bool zero);
+
+std::tuple<Tensor, Tensor> sparse_codebook_positions(Tensor gaps, Tensor row_offsets, int64_t width);
+Tensor sparse_codebook_decode(SLIM_STORED, Tensor columns, int64_t width, int64_t bits, int64_t group_size);
+Tensor sparse_codebook_sum_members(Tensor values, SLIM_STORED, int64_t width, int64_t bits, int64_t group_size);
+Tensor sparse_codebook_linear(Tensor x, SLIM_STORED, SLIM_OPT plan, SLIM_OPT columns, SLIM_OPT offsets,
+                              SLIM_OPT forward_plan, SLIM_OPT backward_plan, int64_t bits, int64_t group_size,
+                              SLIM_OPT bias, bool relu);
+Tensor sparse_codebook_conv2d(Tensor x, SLIM_STORED, SLIM_OPT plan, SLIM_OPT columns, SLIM_OPT offsets,
+                              SLIM_OPT forward_plan, SLIM_OPT backward_plan, int64_t bits, int64_t group_size,
+                              SLIM_OPT bias, SLIM_INTS kernel, SLIM_INTS stride, SLIM_INTS padding, SLIM_INTS dilation,
+                              int64_t groups, bool relu);
 
 }  // namespace slim::cuda
 #endif

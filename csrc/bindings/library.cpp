@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Every operator of the library on one screen. Fake kernels and autograd stand in python/slimtorch/ops.
 #include "bindings/codebook_plan.h"
+#include "bindings/cuda_sparse_plan.h"
 #include "bindings/families.h"
 
 #define WEIGHT "Tensor values, Tensor columns, Tensor row_offsets"
@@ -26,6 +27,7 @@
 
 STABLE_TORCH_LIBRARY(SLIM_LIBRARY, m) {
   m.def("sparse_plan(Tensor columns, Tensor row_offsets, int width, int groups, int taps, bool transposed) -> Tensor");
+  m.def("sparse_cuda_plan(Tensor columns, Tensor row_offsets, int width, int groups, bool transposed) -> Tensor");
   m.def("sparse_pack_values(Tensor values, Tensor plan) -> Tensor");
   SLIM_DEF("sparse_linear",
            "(Tensor x, " WEIGHT ", " PLANS ", Tensor? packed_values, Tensor? bias, bool relu) -> Tensor");
@@ -80,6 +82,8 @@ STABLE_TORCH_LIBRARY(SLIM_LIBRARY, m) {
   m.def("huffman_decode(Tensor blob, int n) -> Tensor");
 
   m.def("sparse_codebook_plan(Tensor gaps, Tensor row_offsets, int width, int groups, int taps) -> Tensor");
+  m.def("sparse_codebook_cuda_plan(Tensor codes, Tensor gaps, Tensor row_offsets, int width, int groups, int bits) "
+        "-> Tensor");
   m.def("sparse_codebook_positions(Tensor gaps, Tensor row_offsets, int width) -> (Tensor, Tensor)");
   m.def("sparse_codebook_decode(" STORED ", Tensor columns, int width, int bits, int group_size) -> Tensor");
   m.def("sparse_codebook_sum_members(Tensor values, " STORED ", int width, int bits, int group_size) -> Tensor");
@@ -142,6 +146,14 @@ STABLE_TORCH_LIBRARY_IMPL(slimtorch, CPU, m) {
 
 #if defined(SLIM_CUDA) || defined(SLIM_CUDA_HOST)
 STABLE_TORCH_LIBRARY_IMPL(SLIM_LIBRARY, SLIM_CUDA_KEY, m) {
+  m.impl("sparse_pack_values", TORCH_BOX(&slim::cuda::sparse_pack_values));
+  SLIM_IMPL("sparse_linear", slim::cuda::sparse_linear);
+  m.impl("sparse_linear_grad_input", TORCH_BOX(&slim::cuda::sparse_linear_grad_input));
+  m.impl("sparse_linear_grad_values", TORCH_BOX(&slim::cuda::sparse_linear_grad_values));
+  SLIM_IMPL("sparse_conv2d", slim::cuda::sparse_conv2d);
+  m.impl("sparse_conv2d_grad_columns", TORCH_BOX(&slim::cuda::sparse_conv2d_grad_columns));
+  m.impl("sparse_conv2d_grad_values", TORCH_BOX(&slim::cuda::sparse_conv2d_grad_values));
+
   SLIM_IMPL("block_sparse_linear", slim::cuda::block_sparse_linear);
 
   m.impl("binary_plan", TORCH_BOX(&slim::cuda::binary_plan));
@@ -157,10 +169,18 @@ STABLE_TORCH_LIBRARY_IMPL(SLIM_LIBRARY, SLIM_CUDA_KEY, m) {
   SLIM_IMPL("codebook_conv2d", slim::cuda::codebook_conv2d);
   m.impl("codebook_decode", TORCH_BOX(&slim::cuda::codebook_decode));
   m.impl("codebook_sum_members", TORCH_BOX(&slim::cuda::codebook_sum_members));
+
+  m.impl("sparse_codebook_positions", TORCH_BOX(&slim::cuda::sparse_codebook_positions));
+  m.impl("sparse_codebook_decode", TORCH_BOX(&slim::cuda::sparse_codebook_decode));
+  m.impl("sparse_codebook_sum_members", TORCH_BOX(&slim::cuda::sparse_codebook_sum_members));
+  SLIM_IMPL("sparse_codebook_linear", slim::cuda::sparse_codebook_linear);
+  SLIM_IMPL("sparse_codebook_conv2d", slim::cuda::sparse_codebook_conv2d);
 }
 #endif
 
 // What CUDA kernels want precomputed is made on the CPU, by builds without CUDA too.
 STABLE_TORCH_LIBRARY_IMPL(SLIM_LIBRARY, CPU, m) {
+  m.impl("sparse_cuda_plan", TORCH_BOX(&slim::cuda::sparse_plan));
   m.impl("codebook_cuda_plan", TORCH_BOX(&slim::cuda::codebook::plan));
+  m.impl("sparse_codebook_cuda_plan", TORCH_BOX(&slim::cuda::sparse_codebook_plan));
 }

@@ -66,6 +66,7 @@ def wrappers(device: Device, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
         module = import_module(f"slimtorch.ops.{family}")
         if device.emulated:
             monkeypatch.setattr(module, "_ops", device.ops)
+            monkeypatch.setattr(import_module(f"slimtorch.formats.{family}"), "_ops", device.ops, raising=False)
             monkeypatch.setitem(ops.KERNEL_DTYPES, "cpu", DTYPES)
             monkeypatch.setattr(formats, "GPU_DEVICE_TYPES", frozenset({"cpu"}))
             for kind in ("linear", "conv2d"):

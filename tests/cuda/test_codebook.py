@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import slimtorch as slim
 from slimtorch.formats import Codebook
 from slimtorch.formats._common import matrix_shape
 from slimtorch.formats.codebook import GroupSize, group_code
 from tests.cuda.conftest import DTYPES, Device
-from tests.ops.operators import assert_close, geometry, product, random
+from tests.ops.operators import assert_close, geometry, product, random, sum_bound
 from tests.ops.test_codebook import gradients, make
 from tests.problems import EDGE_CONV, EDGE_LINEAR, ConvProblem, LinearProblem, Problem
 
@@ -61,14 +62,27 @@ def check(device: Device, x: Tensor, weight: Codebook, bias: Tensor | None = Non
     dense, wide, wide_bias = weight.to_dense().double(), x.double(), None if bias is None else bias.double()
     exact = product(wide, dense, wide_bias, **shape)
     magnitude = product(wide.abs(), dense.abs(), None if wide_bias is None else wide_bias.abs(), **shape)
-    assert_close(y, exact, magnitude, math.prod(weight.shape[1:]) + 1)
+    terms = math.prod(weight.shape[1:]) + 1
+    if x.dtype == torch.float32:
+        # Three products of tf32: each factor is off by 2 units, and lo * lo is left out, 4 units more.
+        magnitude = magnitude * (1 + 8 * 2.0**-24 / sum_bound(terms, x.dtype))
+    assert_close(y, exact, magnitude, terms)
     return y
 
 
 # ---- every configuration ---------------------------------------------------------------------------------------------
 
 # Tiles of 8, 16, 64 and 128 columns, 64 and 128 rows; steps of 64 and 128 columns of the weight, slabs of 64.
-LINEAR = ((1, 5, 1), (8, 129, 130), (9, 128, 64), (17, 65, 129), (64, 16, 63), (65, 17, 193), (129, 3, 80), (2, 300, 65))
+LINEAR = (
+    (1, 5, 1),
+    (8, 129, 130),
+    (9, 128, 64),
+    (17, 65, 129),
+    (64, 16, 63),
+    (65, 17, 193),
+    (129, 3, 80),
+    (2, 300, 65),
+)
 
 
 @each_dtype
@@ -77,7 +91,7 @@ LINEAR = ((1, 5, 1), (8, 129, 130), (9, 128, 64), (17, 65, 129), (64, 16, 63), (
 def test_linear(device: Device, group_size: GroupSize, bits: int, dtype: torch.dtype) -> None:
     for i, (m, n, k) in enumerate(LINEAR):
         # All sizes where a table is shared; in turn where it is not: the tiles are the same.
-        if group_size is not None and i % 4 != bits % 4 or isinstance(group_size, int) and group_size > k:
+        if (group_size is not None and i % 4 != bits % 4) or (isinstance(group_size, int) and group_size > k):
             continue
         weight = make((n, k), bits, group_size, dtype=dtype, zero=i % 3 == 0, seed=bits + i)
         x, bias = random(m, k, dtype=dtype, seed=i), random(n, dtype=dtype) if i % 2 else None
@@ -228,10 +242,10 @@ def test_same_bits_twice(device: Device) -> None:
 @each_dtype
 @each_bits
 def test_decode_and_sum_members(device: Device, bits: int, dtype: torch.dtype) -> None:
-    for width, group_size, zero in itertools.product((1, 30, 131, 700), (None, "row", 1, 7, 64), (False, True)):
-        if isinstance(group_size, int) and group_size > width or width == 700 and zero:
+    for width, group_size, zero in itertools.product((1, 30, 131, 700), (None, "row", 1, 64), (False, True)):
+        if (isinstance(group_size, int) and group_size > width) or zero != (width == 30):
             continue
-        rows = 70 if width == 700 else 7
+        rows = 30 if width == 700 else 7
         weight = make((rows, width), bits, group_size, dtype=dtype, zero=zero, seed=width)
         codes, group = device.move(weight.codes), group_code(group_size)
         dense = device.ops.codebook_decode(device.move(weight.codebook), codes, rows, width, bits, group)
@@ -323,9 +337,7 @@ def test_plans_and_tables_of_other_sizes_are_refused(device: Device) -> None:
 @pytest.mark.parametrize(
     "problem", [LinearProblem("", 9, 20, 40, seed=1), CONV[3], CONV[5]], ids=["linear", "groups", "depthwise"]
 )
-def test_gradients(
-    device: Device, wrappers: Callable[[str], Any], problem: Problem, dtype: torch.dtype
-) -> None:
+def test_gradients(device: Device, wrappers: Callable[[str], Any], problem: Problem, dtype: torch.dtype) -> None:
     ops, options = wrappers("codebook"), geometry(problem)
     problem = replace(problem, dtype=dtype)
     shape = tuple(problem.weight().shape)
@@ -362,3 +374,30 @@ def test_inference_through_the_wrappers_keeps_a_plan(device: Device, wrappers: C
     assert torch.equal(ops.codebook_linear(device.move(x), moved), first)
     assert moved.plan() is plan
     assert torch.equal(first.cpu(), forward(device, x, weight))
+
+
+@each_dtype
+def test_layers_keep_plans(device: Device, wrappers: Callable[[str], Any], dtype: torch.dtype) -> None:
+    wrappers("codebook")
+    for weight, x, options in (
+        (make((20, 70), 3, dtype=dtype), random(5, 70, dtype=dtype), {}),
+        (make((34, 4, 3, 3), 4, dtype=dtype), random(2, 8, 6, 7, dtype=dtype), {"padding": (1, 1), "groups": 2}),
+    ):
+        moved = replace(weight, codebook=device.move(weight.codebook), codes=device.move(weight.codes), _plans={})
+        groups = options.get("groups", 1)
+        if options:
+            twin: Any = torch.nn.Conv2d(8, 34, 3, **options, bias=False)
+            layer: Any = slim.nn.CodebookConv2d.from_format(twin, moved)
+        else:
+            layer = slim.nn.CodebookLinear.from_format(torch.nn.Linear(70, 20, bias=False), moved)
+        layer = layer.to(torch.float32).to(dtype)  # no codes move: what was planned stays
+        y = layer(device.move(x)).detach()
+        assert torch.equal(y.cpu(), forward(device, x, weight, **options))
+        assert torch.equal(layer._plans[groups, False].cpu(), plan_of(weight, groups))
+        fresh = type(layer)(*((8, 34, 3) if options else (70, 20)), **options, bias=False, bits=weight.bits,
+                            dtype=dtype, device=y.device)  # fmt: skip
+        fresh.load_state_dict(layer.state_dict())
+        assert torch.equal(fresh(device.move(x)).detach(), y)
+        fresh.codes.zero_()
+        fresh.load_state_dict(fresh.state_dict())  # other codes: another plan
+        assert not fresh._plans[groups, False].any()

@@ -27,12 +27,13 @@
 // * Optional: `static constexpr int kSlab` (a divisor of Tile::kDepth, a multiple of 8) and `depth(int step, int slab)`
 //   instead of depth(step): a step is then put together of slabs that lie anywhere in k, as blocks do.
 // * Optional, where zeros that are not stored are multiplied too, which would turn a NaN or Inf among the activations into
-//   NaN in all rows: `static __device__ float exact(const Params&, const Activations&, int group, int64_t row, int64_t
-//   column)`, the sum of one output (row within the group) over stored weights alone. Every sum that is NaN is asked for
-//   anew. (One that is Inf is right: a zero times Inf would have made it NaN.)
-// * Optional: `static __device__ float scale(const Params&, int64_t row)`, a factor of each row (over all groups) of the
+//   NaN in all rows: `using Exact = …`, a struct (of no tile, so that tiles share a kernel) with the same Params and
+//   `static __device__ float exact(const Params&, const Activations&, int group, int64_t row, int64_t column)`, the sum
+//   of one output (row within the group) over stored weights alone. Every sum that is NaN is asked for anew. (One that is
+//   Inf is right: a zero times Inf would have made it NaN.)
+// * Optional: `static constexpr bool kScaled = true`: Params has `const void* scale`, [n] of T, a factor of each row of the
 //   sums; the bias is added after it.
-// * Optional: `static constexpr bool kTf32 = true` where weights of float32 are exact in tf32: two products then, not three.
+// * Optional: `static constexpr bool kTf32 = true`: weights of float32 are exact in tf32; two products then, not three.
 // * depth() is asked in every step before its loads: keep what it needs in registers or the block's shared memory.
 // * expand() may write to the block's shared memory: a barrier stands between it and the products of the step before.
 // * load(stage, step) may run while other threads still do the products of step - kStages + 1 and later ones.
@@ -79,15 +80,24 @@ struct SlabOf<W, std::void_t<decltype(W::kSlab)>> {
   static constexpr int value = W::kSlab;
 };
 
+struct NoExact {
+  struct Params {};
+};
 template <class W, class = void>
-struct HasExact : std::false_type {};
+struct ExactOf {
+  using type = NoExact;
+  static type::Params params(const typename W::Params&) { return {}; }
+};
 template <class W>
-struct HasExact<W, std::void_t<decltype(&W::exact)>> : std::true_type {};
+struct ExactOf<W, std::void_t<typename W::Exact>> {
+  using type = typename W::Exact;
+  static const typename type::Params& params(const typename W::Params& p) { return p; }
+};
 
 template <class W, class = void>
-struct HasScale : std::false_type {};
+struct IsScaled : std::false_type {};
 template <class W>
-struct HasScale<W, std::void_t<decltype(&W::scale)>> : std::true_type {};
+struct IsScaled<W, std::void_t<decltype(W::kScaled)>> : std::bool_constant<W::kScaled> {};
 
 template <class W, class = void>
 struct IsTf32 : std::false_type {};
@@ -205,6 +215,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) matmul_kernel(c
   constexpr int kSteps = Tile::kDepth / kK;
   constexpr int kI = Tile::kRows / Tile::kWarpsR / 16, kJ = X::kTiles;
   constexpr int kSlab = SlabOf<W>::value;
+  using Exact = typename ExactOf<W>::type;
+  constexpr bool kExact = !std::is_same_v<Exact, NoExact>;
+  constexpr bool kScaled = IsScaled<W>::value;
   static_assert(Tile::kDepth % kK == 0, "a step is made of whole products");
 
   unsigned char* const stages = dynamic_shared();
@@ -319,19 +332,20 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) matmul_kernel(c
       const float bias =
           p.a.bias && row < out.rows ? to_float(load_constant(static_cast<const T*>(p.a.bias) + out.row0 + row)) : 0.0f;
       float scale = 1.0f;
-      if constexpr (HasScale<W>::value) scale = row < out.rows ? W::scale(p.w, out.row0 + row) : 0.0f;
+      if constexpr (kScaled)
+        if (row < out.rows) scale = to_float(load_constant(static_cast<const T*>(p.w.scale) + out.row0 + row));
 #pragma unroll
       for (int j = 0; j < kJ; ++j)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const int column = lane_column + 8 * j + h;
-          float sum = (HasScale<W>::value ? d[i][j][2 * v + h] * scale : d[i][j][2 * v + h]) + bias;
-          if constexpr (HasExact<W>::value) nan |= sum != sum;
+          float sum = (kScaled ? d[i][j][2 * v + h] * scale : d[i][j][2 * v + h]) + bias;
+          if constexpr (kExact) nan |= sum != sum;
           if (p.a.relu && sum < 0.0f) sum = 0.0f;
           result[kConv ? row * Shape::kLine + column : column * Shape::kLine + row] = from_float<T>(sum);
         }
     }
-  if constexpr (HasExact<W>::value) {
+  if constexpr (kExact) {
     // Rare, so small code: each thread looks through what it has just written.
     if (nan) {
 #pragma unroll 1
@@ -340,8 +354,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) matmul_kernel(c
         T& at = result[kConv ? row * Shape::kLine + column : column * Shape::kLine + row];
         const float old = to_float(at);
         if (row >= out.rows || column >= out.columns || old == old) continue;
-        float sum = W::exact(p.w, p.a, group, row0 + row, column0 + column);
-        if constexpr (HasScale<W>::value) sum *= W::scale(p.w, out.row0 + row);
+        float sum = Exact::exact(p.w, p.a, group, row0 + row, column0 + column);
+        if constexpr (kScaled) sum *= to_float(load_constant(static_cast<const T*>(p.w.scale) + out.row0 + row));
         if (p.a.bias) sum += to_float(load_constant(static_cast<const T*>(p.a.bias) + out.row0 + row));
         if (p.a.relu && sum < 0.0f) sum = 0.0f;
         at = from_float<T>(sum);
@@ -382,33 +396,34 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) matmul_kernel(c
 }
 
 // Adds up the shares of a split sum, always in the same order.
-template <class W>
+template <class Exact>
 struct ReduceParams {
   const float* partial;  // [splits][as y]
   void* y;
-  const void* bias;
+  const void *scale, *bias;  // [n], or null
   int splits;
   bool relu;
   int64_t total, n, inner;  // entries of y; rows; entries from one row of y to the next
-  MatmulParams<W> m;        // for exact()
+  Activations a;            // for exact()
+  typename Exact::Params exact;
 };
 
 constexpr int kReduceThreads = 256;
 
-template <class W>
-__global__ void __launch_bounds__(kReduceThreads) reduce_kernel(const ReduceParams<W> p) {
-  using T = typename W::Value;
+template <class T, class Exact>
+__global__ void __launch_bounds__(kReduceThreads) reduce_kernel(const ReduceParams<Exact> p) {
   for (int64_t i = int64_t(blockIdx.x) * kReduceThreads + threadIdx.x; i < p.total;
        i += int64_t(gridDim.x) * kReduceThreads) {
     float sum = 0.0f;
     for (int s = 0; s < p.splits; ++s) sum += p.partial[s * p.total + i];
-    if constexpr (HasExact<W>::value) {
+    if constexpr (!std::is_same_v<Exact, NoExact>) {
       if (sum != sum) {
-        const int64_t of_group = p.n / p.m.a.groups, row = i / p.inner % p.n;
-        sum = W::exact(p.m.w, p.m.a, int(row / of_group), row % of_group, i / (p.inner * p.n) * p.inner + i % p.inner);
+        const int64_t of_group = p.n / p.a.groups, row = i / p.inner % p.n;
+        sum = Exact::exact(p.exact, p.a, int(row / of_group), row % of_group,
+                           i / (p.inner * p.n) * p.inner + i % p.inner);
       }
     }
-    if constexpr (HasScale<W>::value) sum *= W::scale(p.m.w, i / p.inner % p.n);
+    if (p.scale) sum *= to_float(load_constant(static_cast<const T*>(p.scale) + i / p.inner % p.n));
     if (p.bias) sum += to_float(load_constant(static_cast<const T*>(p.bias) + i / p.inner % p.n));
     if (p.relu && sum < 0.0f) sum = 0.0f;
     static_cast<T*>(p.y)[i] = from_float<T>(sum);

@@ -48,10 +48,12 @@ const char* matmul(const char* name, const Activations& a, const typename W::Par
       launch(matmul_kernel<W, kConv, Tile>,
              {name, dim3(unsigned(blocks)), dim3(Tile::kThreads), matmul_shared<W, kConv, Tile>(), stream}, p);
   if (error || splits == 1) return error;
-  ReduceParams<W> r{partial, a.y, a.bias, splits, a.relu, a.n * columns, a.n, 1, p};
+  using Exact = typename ExactOf<W>::type;
+  ReduceParams<Exact> r{partial, a.y, nullptr, a.bias, splits, a.relu, a.n * columns, a.n, 1, a, ExactOf<W>::params(w)};
+  if constexpr (IsScaled<W>::value) r.scale = w.scale;
   if (kConv) r.inner = a.geometry.out_h * a.geometry.out_w;
   const int64_t wanted = (r.total + kReduceThreads - 1) / kReduceThreads;
-  return launch(reduce_kernel<W>,
+  return launch(reduce_kernel<typename W::Value, Exact>,
                 {"reduce", dim3(unsigned(wanted < 65535 ? wanted : 65535)), dim3(kReduceThreads), 0, stream}, r);
 }
 

@@ -127,150 +127,148 @@ class OuterLoads {
 
   // Starts to load columns column0 … of both; the caller commits.
   __device__ __forceinline__ void load(unsigned char* stage, int64_t column0, int slot) {
-    const auto grad = [&](auto bytes) {
-      constexpr int kBytes = decltype(bytes)::value;
-      if constexpr (kConv)
-        copy_images<kBytes, Tile::kRows, true>(stage, slot);
-      else
-        copy_lines<kBytes, Tile::kRows, true>(stage, column0);
-    };
-    const auto input = [&](auto bytes) {
-      constexpr int kBytes = decltype(bytes)::value;
-      if constexpr (kConv)
-        copy_images<kBytes, Tile::kCols, false>(stage + kGradBytes, slot);
-      else
-        copy_lines<kBytes, Tile::kCols, false>(stage + kGradBytes, column0);
-    };
-    widest(grad_vector_, grad, [&] { fetch<Tile::kRows, true>(fetched_grad_, column0, slot); });
-    widest(input_vector_, input, [&] {
-      if constexpr (kSize == 2)
-        fetch<Tile::kCols, false>(fetched_input_, column0, slot);
-      else if constexpr (kConv)
-        copy_images<4, Tile::kCols, false>(stage + kGradBytes, slot);
-    });
+    if constexpr (kConv) {
+      load_images<Tile::kRows, true>(stage, fetched_grad_, grad_vector_, slot);
+      load_images<Tile::kCols, false>(stage + kGradBytes, fetched_input_, input_vector_, slot);
+    } else {
+      load_lines<Tile::kRows, true>(stage, grad_vector_, column0);
+      load_lines<Tile::kCols, false>(stage + kGradBytes, input_vector_, column0);
+    }
   }
 
   // Ends what load() began and cp.async cannot do.
   __device__ __forceinline__ void store(unsigned char* stage) {
-    if constexpr (kSize == 2) {
-      if (grad_vector_ < 4) put<Tile::kRows, kGradRowBytes>(stage, fetched_grad_);
-      if (input_vector_ < 4) put<Tile::kCols, kInputRowBytes>(stage + kGradBytes, fetched_input_);
+    if constexpr (kConv && kSize == 2) {
+      if (grad_vector_ < 4) put<Tile::kRows>(stage, fetched_grad_);
+      if (input_vector_ < 4) put<Tile::kCols>(stage + kGradBytes, fetched_input_);
     }
   }
 
  private:
   static constexpr int kFar = 1 << 30;  // beyond every image
+  static constexpr int kPairs = Tile::kDepth / 2, kRowsAtOnce = Tile::kThreads / kPairs;
   template <int kLines>
-  static constexpr int kWordsOf = kLines * Tile::kDepth * kSize / 4;  // of an operand's stage
-  template <int kLines>
-  static constexpr int kFetches = kSize == 2 ? (kWordsOf<kLines> + Tile::kThreads - 1) / Tile::kThreads : 1;
+  static constexpr int kFetches = kConv && kSize == 2 ? (kLines + kRowsAtOnce - 1) / kRowsAtOnce : 1;
+  static_assert(Tile::kThreads % Tile::kDepth == 0 && Tile::kThreads % 32 == 0, "each thread has a place in all rows");
 
-  template <class Copy, class Fetch>
-  __device__ __forceinline__ static void widest(int vector, const Copy& copy, const Fetch& fetch) {
+  // A linear layer: lines of the operand are columns of the product, along them lie rows of G or k of X. Each thread has
+  // one chunk of some lines.
+  template <int kLines, bool kGrad>
+  __device__ __forceinline__ void load_lines(unsigned char* stage, int vector, int64_t column0) {
     if (vector == 16)
-      copy(std::integral_constant<int, 16>());
+      copy_lines<16, kLines, kGrad>(stage, column0);
     else if (vector == 8)
-      copy(std::integral_constant<int, 8>());
-    else if (vector == 4)
-      copy(std::integral_constant<int, 4>());
+      copy_lines<8, kLines, kGrad>(stage, column0);
+    else if (kSize == 4 || vector == 4)
+      copy_lines<4, kLines, kGrad>(stage, column0);
     else
-      fetch();
-  }
-
-  // A linear layer: lines of the operand are columns; `i` counts rows of G, or k of X.
-  template <bool kGrad>
-  __device__ __forceinline__ const T* line(int64_t column, int i, int64_t& left) const {
-    if constexpr (kGrad) {
-      left = rows_ - i;
-      return grad_ + column * n_ + i;
-    } else {
-      const int64_t k = kept_.k(i / K::kSlab) + i % K::kSlab;
-      left = k_ - k;
-      return x_ + column * k_ + k;
-    }
-  }
-
-  // As aligned as the operand's entries, for copies of nothing.
-  template <bool kGrad>
-  __device__ __forceinline__ const T* base() const {
-    return kGrad ? grad_ : x_;
+      copy_lines<2, kLines, kGrad>(stage, column0);
   }
 
   template <int kBytes, int kLines, bool kGrad>
   __device__ __forceinline__ void copy_lines(unsigned char* stage, int64_t column0) {
-    constexpr int kPer = kBytes / kSize, kChunks = kLines / kPer, kTotal = Tile::kDepth * kChunks;
+    constexpr int kPer = kBytes >= kSize ? kBytes / kSize : 1, kChunks = kLines / kPer;
+    constexpr int kThreads = Tile::kThreads < kChunks ? Tile::kThreads : kChunks;  // side by side
+    static_assert(kChunks % kThreads == 0 && Tile::kThreads % kThreads == 0, "whole lines");
+    const T* const base = kGrad ? grad_ : x_;
+    const int64_t stride = kGrad ? n_ : k_;
+    const int first = int(threadIdx.x) / kThreads;
+#pragma unroll
+    for (int part = 0; part < kChunks / kThreads; ++part) {
+      const int at = (int(threadIdx.x) % kThreads + part * kThreads) * kPer;
+      const int64_t along = kGrad ? at : kept_.k(at / K::kSlab) + at % K::kSlab;
+      const int64_t left = (kGrad ? int64_t(rows_) : k_) - along;
+      const int some = left <= 0 ? 0 : left < kPer ? int(left) : kPer;
+      const T* from = base + (column0 + first) * stride + along;
 #pragma unroll(kBytes == 16 ? 8 : 1)
-    for (int i = int(threadIdx.x); i < kTotal; i += Tile::kThreads) {
-      const int c = i / kChunks, at = i % kChunks * kPer;
-      int64_t left;
-      const T* from = line<kGrad>(column0 + c, at, left);
-      const int valid = column0 + c >= columns_ || left <= 0 ? 0 : left < kPer ? int(left) : kPer;
-      copy_async<kBytes>(stage + place<kLines * kSize, kWords>(c, at * kSize), valid ? from : base<kGrad>(),
-                         valid * kSize);
+      for (int c = first; c < Tile::kDepth; c += Tile::kThreads / kThreads) {
+        const int valid = column0 + c < columns_ ? some : 0;
+        unsigned char* const to = stage + place<kLines * kSize, kWords>(c, at * kSize);
+        if constexpr (kBytes == 2)
+          *reinterpret_cast<T*>(to) = valid ? load_constant(from) : T{};
+        else
+          copy_async<kBytes>(to, valid ? from : base, valid * kSize);
+        from += Tile::kThreads / kThreads * stride;
+      }
     }
   }
 
-  // A convolution: lines are rows of G, or k of X where it is direct; chunks of pixels lie in one image.
+  // A convolution: rows are rows of G, or k of X; along them lie pixels, the same ones of a thread in each of its rows.
+  template <int kLines, bool kGrad, int kCount>
+  __device__ __forceinline__ void load_images(unsigned char* stage, uint16_t (&fetched)[kCount][2], int vector,
+                                              int slot) {
+    if (vector == 16)
+      copy_images<16, kLines, kGrad>(stage, slot);
+    else if (vector == 8)
+      copy_images<8, kLines, kGrad>(stage, slot);
+    else if (kSize == 4 || vector == 4)
+      copy_images<4, kLines, kGrad>(stage, slot);
+    else
+      fetch_images<kLines, kGrad>(fetched, slot);
+  }
+
+  // A pixel of G or X, and how to go from it to a row.
+  template <bool kGrad>
+  struct Pixel {
+    const T* image;
+    int y, x;
+    uint32_t offset;
+    __device__ __forceinline__ Pixel(const OuterLoads& l, const uint4& pixel) : y(int(pixel.x)), x(int(pixel.y)) {
+      image = kGrad ? l.grad_ + int64_t(pixel.z) * l.n_ * l.out_ + int(pixel.w) : l.x_ + int64_t(pixel.z) * l.of_image_;
+      offset = pixel.x * unsigned(l.g_->width) + pixel.y;
+      if (kGrad) y = int(pixel.w);
+    }
+    // Null where there is nothing.
+    __device__ __forceinline__ const T* at(const OuterLoads& l, int row) const {
+      if constexpr (kGrad) return row < l.rows_ && y >= 0 ? image + row * l.out_ : nullptr;
+      const uint4 tap = l.taps_[row];
+      return unsigned(y + int(tap.y)) < unsigned(l.g_->height) && unsigned(x + int(tap.z)) < unsigned(l.g_->width)
+                 ? image + (tap.x + offset)
+                 : nullptr;
+    }
+  };
+
   template <int kBytes, int kLines, bool kGrad>
   __device__ __forceinline__ void copy_images(unsigned char* stage, int slot) {
-    constexpr int kPer = kBytes / kSize, kChunks = Tile::kDepth / kPer, kTotal = kLines * kChunks;
+    constexpr int kPer = kBytes / kSize, kChunks = Tile::kDepth / kPer;
+    const int at = int(threadIdx.x) % kChunks * kPer;
+    const Pixel<kGrad> pixel(*this, pixels_[slot * Tile::kDepth + at]);
 #pragma unroll(kBytes == 16 ? 8 : 1)
-    for (int i = int(threadIdx.x); i < kTotal; i += Tile::kThreads) {
-      const int row = i / kChunks, at = i % kChunks * kPer;
-      const T* from = entry<kGrad>(row, pixels_[slot * Tile::kDepth + at]);
-      copy_async<kBytes>(stage + place<kGradRowBytes, false>(row, at * kSize), from ? from : base<kGrad>(),
+    for (int row = int(threadIdx.x) / kChunks; row < kLines; row += Tile::kThreads / kChunks) {
+      const T* const from = pixel.at(*this, row);
+      copy_async<kBytes>(stage + place<kGradRowBytes, false>(row, at * kSize),
+                         from    ? from
+                         : kGrad ? grad_
+                                 : x_,
                          from ? kBytes : 0);
     }
   }
 
-  // A convolution: an entry of G, or of X by its tap; null where there is none.
-  template <bool kGrad>
-  __device__ __forceinline__ const T* entry(int row, const uint4& pixel) const {
-    if constexpr (kGrad) {
-      if (row >= rows_ || int(pixel.w) < 0) return nullptr;
-      return grad_ + (int64_t(pixel.z) * n_ + row) * out_ + pixel.w;
-    } else {
-      const uint4 tap = taps_[row];
-      const int y = int(pixel.x) + int(tap.y), x = int(pixel.y) + int(tap.z);
-      if (unsigned(y) >= unsigned(g_->height) || unsigned(x) >= unsigned(g_->width)) return nullptr;
-      return x_ + int64_t(pixel.z) * of_image_ + (tap.x + pixel.x * unsigned(g_->width) + pixel.y);
-    }
-  }
-
-  // Two neighbours in shared memory to a word.
-  template <int kLines, bool kGrad>
-  __device__ __forceinline__ void fetch(uint16_t (&into)[kFetches<kLines>][2], int64_t column0, int slot) {
+  template <int kLines, bool kGrad, int kCount>
+  __device__ __forceinline__ void fetch_images(uint16_t (&into)[kCount][2], int slot) {
     if constexpr (kSize == 2) {
-      constexpr int kLine = (kConv ? Tile::kDepth : kLines) / 2;
+      const int at = int(threadIdx.x) % kPairs * 2;
 #pragma unroll
-      for (int i = 0; i < kFetches<kLines>; ++i) {
-        const int word = i * Tile::kThreads + int(threadIdx.x);
-        if (kWordsOf<kLines> % Tile::kThreads != 0 && word >= kWordsOf<kLines>) break;
-        const int row = word / kLine, at = word % kLine * 2;
+      for (int h = 0; h < 2; ++h) {
+        const Pixel<kGrad> pixel(*this, pixels_[slot * Tile::kDepth + at + h]);
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const T* from = nullptr;
-          if constexpr (kConv) {
-            from = entry<kGrad>(row, pixels_[slot * Tile::kDepth + at + h]);
-          } else {
-            int64_t left;
-            const T* p = line<kGrad>(column0 + row, at + h, left);
-            if (left > 0 && column0 + row < columns_) from = p;
-          }
+        for (int i = 0; i < kCount; ++i) {
+          const int row = int(threadIdx.x) / kPairs + i * kRowsAtOnce;
+          const T* const from = row < kLines ? pixel.at(*this, row) : nullptr;
           into[i][h] = from ? load_constant(from).bits : uint16_t(0);
         }
       }
     }
   }
-  template <int kLines, int kRowBytes>
-  __device__ __forceinline__ void put(unsigned char* stage, const uint16_t (&from)[kFetches<kLines>][2]) {
+
+  template <int kLines, int kCount>
+  __device__ __forceinline__ void put(unsigned char* stage, const uint16_t (&from)[kCount][2]) {
 #pragma unroll
-    for (int i = 0; i < kFetches<kLines>; ++i) {
-      const int word = i * Tile::kThreads + int(threadIdx.x);
-      if (kWordsOf<kLines> % Tile::kThreads != 0 && word >= kWordsOf<kLines>) break;
-      *reinterpret_cast<uint32_t*>(stage +
-                                   place<kRowBytes, kWords>(word / (kRowBytes / 4), word % (kRowBytes / 4) * 4)) =
-          uint32_t(from[i][0]) | uint32_t(from[i][1]) << 16;
+    for (int i = 0; i < kCount; ++i) {
+      const int row = int(threadIdx.x) / kPairs + i * kRowsAtOnce;
+      if (kLines % kRowsAtOnce == 0 || row < kLines)
+        *reinterpret_cast<uint32_t*>(stage + place<kGradRowBytes, false>(row, int(threadIdx.x) % kPairs * 4)) =
+            uint32_t(from[i][0]) | uint32_t(from[i][1]) << 16;
     }
   }
 

@@ -8,7 +8,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from slimtorch.formats._common import INDEX_LIMIT, WithPlans, check_columns, check_dense, check_offsets, matrix_shape
+from slimtorch.formats._common import (
+    INDEX_LIMIT,
+    WithPlans,
+    check_columns,
+    check_dense,
+    check_offsets,
+    matrix_shape,
+    on_gpu,
+)
+
+_ops = torch.ops.slimtorch
 
 
 @dataclass(eq=False)
@@ -102,26 +112,31 @@ class Sparse(WithPlans):
         return self.values.numel() / max(1, rows * width)
 
     def plan(self, groups: int = 1, *, transposed: bool = False) -> Tensor | None:
-        """How the CPU kernels walk the positions (opaque bytes): derived once, cached, never saved.
+        """How the kernels of this device walk the positions (opaque bytes): derived once, cached, never saved.
 
-        None while a graph is being traced and nothing is cached (the kernel then derives it at every call), and on
-        devices other than the CPU.
+        None while a graph is being traced and nothing is cached (kernels then derive it at every call, or do without),
+        and on devices without kernels. On a GPU the first call waits for the device: the host makes the plan.
 
         Raises:
             TypeError, ValueError: the format breaks an invariant (see ``validate``); checked before the first plan.
         """
         key = (groups, transposed)
         if key not in self._plans:
-            if torch.compiler.is_compiling() or self.columns.device.type != "cpu":
+            gpu = on_gpu(self.columns)
+            if torch.compiler.is_compiling() or not (gpu or self.columns.device.type == "cpu"):
                 return None
             if not self._plans:
                 self.validate()  # kernels trust the positions from here on
             _, width = matrix_shape(self.shape)
             taps = self.shape[2] * self.shape[3] if len(self.shape) == 4 else 1
             with torch.inference_mode(False):  # else backward could not save a plan derived inside inference_mode
-                self._plans[key] = torch.ops.slimtorch.sparse_plan(
-                    self.columns, self.row_offsets, width, groups, taps, transposed
-                )
+                if gpu:
+                    plan = _ops.sparse_cuda_plan(
+                        self.columns.cpu(), self.row_offsets.cpu(), width, groups, transposed
+                    ).to(self.columns.device)
+                else:
+                    plan = _ops.sparse_plan(self.columns, self.row_offsets, width, groups, taps, transposed)
+            self._plans[key] = plan
         return self._plans[key]
 
     def packed_values(self, groups: int = 1) -> Tensor | None:
@@ -129,11 +144,14 @@ class Sparse(WithPlans):
 
         It hangs on the plan, with which it lives and dies, and is made anew when the values have changed. None where
         torch cannot tell that: while a graph is being traced, and for values made in inference mode. The kernel then
-        orders them at every call. Edits through ``values.data`` are not counted by torch; the kernel compares 32 values
-        of the copy at every call, which finds changes of whole weights, but not of a single value.
+        orders them at every call. Edits through ``values.data`` are not counted by torch; the CPU's kernel compares 32
+        values of the copy at every call, which finds changes of whole weights, but not of a single value. On a GPU,
+        where only the 16-bit kernels want such a copy, nothing is compared.
         """
         plan = self.plan(groups)
         values = self.values
+        if on_gpu(values) and values.dtype not in (torch.float16, torch.bfloat16):
+            return None
         if plan is None or torch.compiler.is_compiling() or values.is_inference():
             return None
         held: tuple[Tensor, int, Tensor] | None = getattr(plan, "slimtorch_packed", None)
@@ -145,6 +163,6 @@ class Sparse(WithPlans):
             if same and alias.shape == values.shape and version == values._version:
                 return packed
         with torch.inference_mode(False), torch.no_grad():
-            packed = torch.ops.slimtorch.sparse_pack_values(values.detach(), plan)
+            packed = _ops.sparse_pack_values(values.detach(), plan)
         plan.slimtorch_packed = (values.detach(), values._version, packed)  # type: ignore[attr-defined]
         return packed

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from slimtorch.formats._bits import check_stream, pack_bits, stream_bytes, unpack_bits
-from slimtorch.formats._common import INDEX_LIMIT, WithPlans, check_dense, check_offsets, matrix_shape
+from slimtorch.formats._common import INDEX_LIMIT, WithPlans, check_dense, check_offsets, matrix_shape, on_gpu
 from slimtorch.formats.codebook import (
     GroupSize,
     check_bits,
@@ -198,25 +198,35 @@ class SparseCodebook(WithPlans):
         return self.nnz / max(1, rows * width)
 
     def plan(self, groups: int = 1) -> Tensor | None:
-        """How the CPU kernels walk the entries (opaque bytes): derived once, cached, never saved.
+        """What kernels want beside the stored tensors (opaque bytes): derived once, cached, never saved.
 
-        About a byte for each row and 160 columns, whatever the density. None while a graph is being traced and nothing
-        is cached (the kernel then derives it at every call), and on devices other than the CPU.
+        For the CPU: how it walks the entries, about a byte for each row and 160 columns, whatever the density. For
+        CUDA: positions as bits and the codes in the order of tensor cores, 9/64 of a byte for each entry of the dense
+        weight and the codes once more; made on the CPU and moved, so the first call for a weight waits for the device.
+        A plan for CUDA holds the codes: who writes to them in place starts a new format. None while a graph is being
+        traced and nothing is cached (the kernel then derives it at every call, or does without), and on other devices.
 
         Raises:
             TypeError, ValueError: the format breaks an invariant (see ``validate``); checked before the first plan.
         """
         if groups not in self._plans:
-            if torch.compiler.is_compiling() or self.gaps.device.type != "cpu":
+            gpu = on_gpu(self.gaps)
+            if torch.compiler.is_compiling() or not (gpu or self.gaps.device.type == "cpu"):
                 return None
             if not self._plans:
                 self.validate()  # kernels trust the positions from here on
             _, width = matrix_shape(self.shape)
-            taps = self.shape[2] * self.shape[3] if len(self.shape) == 4 else 1
             with torch.inference_mode(False):  # else backward could not save a plan derived inside inference_mode
-                self._plans[groups] = torch.ops.slimtorch.sparse_codebook_plan(
-                    self.gaps, self.row_offsets, width, groups, taps
-                )
+                if gpu:
+                    made = torch.ops.slimtorch.sparse_codebook_cuda_plan(
+                        self.codes.cpu(), self.gaps.cpu(), self.row_offsets.cpu(), width, groups, self.bits
+                    )
+                    self._plans[groups] = made.to(self.gaps.device)
+                else:
+                    taps = self.shape[2] * self.shape[3] if len(self.shape) == 4 else 1
+                    self._plans[groups] = torch.ops.slimtorch.sparse_codebook_plan(
+                        self.gaps, self.row_offsets, width, groups, taps
+                    )
         plan: Tensor = self._plans[groups]
         return plan
 
@@ -224,20 +234,22 @@ class SparseCodebook(WithPlans):
         """The positions as compressed sparse rows, with values of no meaning: what gradients are computed with.
 
         Derived once, cached, never saved; six bytes and more for each weight, so only training asks for it. None while
-        a graph is being traced and nothing is cached, and on devices other than the CPU.
+        a graph is being traced and nothing is cached, and on devices other than the CPU and CUDA.
 
         Raises:
             TypeError, ValueError: the format breaks an invariant (see ``validate``).
         """
         if "csr" not in self._plans:
-            if torch.compiler.is_compiling() or self.gaps.device.type != "cpu":
+            device = self.gaps.device
+            if torch.compiler.is_compiling() or not (on_gpu(self.gaps) or device.type == "cpu"):
                 return None
             if not self._plans:
                 self.validate()
             with torch.inference_mode(False):
                 columns, offsets = torch.ops.slimtorch.sparse_codebook_positions(
-                    self.gaps, self.row_offsets, matrix_shape(self.shape)[1]
+                    self.gaps.cpu(), self.row_offsets.cpu(), matrix_shape(self.shape)[1]
                 )
-                self._plans["csr"] = Sparse(torch.zeros(()).expand(columns.shape), columns, offsets, self.shape)
+                values = torch.zeros((), device=device).expand(columns.shape)
+                self._plans["csr"] = Sparse(values, columns.to(device), offsets.to(device), self.shape)
         csr: Sparse = self._plans["csr"]
         return csr

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimtorch.formats import BlockSparse, Format, Sparse
+from slimtorch.formats._common import on_gpu
 from slimtorch.ops._common import Activation, Pair, relu_flag
 
 Plans = dict[tuple[int, bool], Tensor]
@@ -168,7 +169,7 @@ class PackedLayer(nn.Module):
         """
         positions = self._positions()
         self._plans, self._planned, self._held = {}, positions, None
-        if positions[0].device.type != "cpu":
+        if positions[0].device.type != "cpu" and not on_gpu(positions[0]):
             return
         try:
             self._derive_plans()

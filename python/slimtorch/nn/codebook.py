@@ -47,6 +47,9 @@ class _CodebookLayer(PackedLayer):
         self.codes.copy_(fresh.codes)
         self._prepare()
 
+    def _derive_plans(self) -> None:
+        self.format.plan(self.groups)
+
     @property
     def format(self) -> Codebook:
         """The weight as a :class:`slimtorch.formats.Codebook` of this layer's own tensors."""

@@ -15,6 +15,8 @@ from slimtorch import _C
 Activation = Literal["relu"] | None
 Pair = tuple[int, int]
 
+_HALVES = (torch.float16, torch.bfloat16)
+
 # Dtypes with native kernels, by device type. Others run the plain-torch reference, with one warning.
 KERNEL_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "cpu": (torch.float32, torch.bfloat16, torch.float64),
@@ -136,7 +138,7 @@ def check_conv2d(
 
 def fold_dtype(dtype: torch.dtype, kernel: Pair) -> torch.dtype:
     """The dtype for ``fold_columns``, which sums the taps of a pixel in it: float32 or wider if there are any."""
-    return torch.float32 if dtype == torch.bfloat16 and kernel != (1, 1) else dtype
+    return torch.float32 if dtype in _HALVES and kernel != (1, 1) else dtype
 
 
 def fold_columns(columns: Tensor, size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
@@ -158,8 +160,8 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """``tensor``, of bfloat16 in float32: gradients of shared weights are summed before they are rounded."""
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+    """``tensor``, of 16 bits in float32: gradients of shared weights are summed before they are rounded."""
+    return tensor.float() if tensor.dtype in _HALVES else tensor
 
 
 def sum_to_bias(grad: Tensor, dims: list[int]) -> Tensor:

@@ -24,7 +24,8 @@ def codebook_linear(
     """``x @ weight.T + bias`` with a weight of table entries.
 
     Args:
-        x: ``[..., in_features]``, float32, bfloat16 or float64, of the dtype of ``weight.codebook``.
+        x: ``[..., in_features]``, float32, bfloat16, float64 (float16 in its place on CUDA), of the dtype of
+            ``weight.codebook``.
         weight: the packed ``[out_features, in_features]`` weight.
         bias: ``[out_features]`` or None.
         activation: ``"relu"`` is fused into the kernel.
@@ -69,7 +70,8 @@ def codebook_conv2d(
     """2-D cross-correlation with a weight of table entries.
 
     Args:
-        x: ``[N, C, H, W]`` or ``[C, H, W]``, float32, bfloat16 or float64, of the dtype of ``weight.codebook``.
+        x: ``[N, C, H, W]`` or ``[C, H, W]``, float32, bfloat16, float64 (float16 in its place on CUDA), of the dtype
+            of ``weight.codebook``.
         weight: the packed ``[out_channels, C / groups, kh, kw]`` weight.
         bias: ``[out_channels]`` or None.
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d`` (padding in zeros, per side).
@@ -153,7 +155,7 @@ def _(grad_weight: Tensor, codes: Tensor, bits: int, group_size: int, zero: bool
 # ---- autograd --------------------------------------------------------------------------------------------------------
 
 # The weight's gradient is dense before its members are summed, so gradients are dense products of torch, over the
-# decoded weight. bfloat16 goes through float32: each gradient is then rounded once.
+# decoded weight. 16 bits go through float32: each gradient is then rounded once.
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor, relu: bool) -> None:

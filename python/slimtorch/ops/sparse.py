@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from slimtorch import reference
 from slimtorch.formats import Sparse
+from slimtorch.formats._common import on_gpu
 from slimtorch.ops import _common as common
 from slimtorch.ops._common import Activation, Pair
 
@@ -21,7 +22,8 @@ def sparse_linear(x: Tensor, weight: Sparse, bias: Tensor | None = None, *, acti
     """``x @ weight.T + bias`` with an unstructured sparse weight.
 
     Args:
-        x: ``[..., in_features]``, float32, bfloat16 or float64, of the dtype of ``weight.values``.
+        x: ``[..., in_features]``, float32, bfloat16, float16 (GPU) or float64 (CPU), of the
+            dtype of ``weight.values``.
         weight: the packed ``[out_features, in_features]`` weight.
         bias: ``[out_features]`` or None.
         activation: ``"relu"`` is fused into the kernel.
@@ -38,7 +40,7 @@ def sparse_linear(x: Tensor, weight: Sparse, bias: Tensor | None = None, *, acti
         try:
             return _ops.sparse_linear_inference(
                 x, weight.values, weight.columns, weight.row_offsets, weight.plan(), None,
-                weight.packed_values() if x.numel() > 8 * weight.shape[1] else None, bias, relu,
+                weight.packed_values() if x.numel() > 8 * weight.shape[1] or on_gpu(x) else None, bias, relu,
             )  # fmt: skip
         except RuntimeError:
             pass  # what is wrong is said below, or a dtype or device without a kernel served
@@ -66,7 +68,8 @@ def sparse_conv2d(
     """2-D cross-correlation with an unstructured sparse weight.
 
     Args:
-        x: ``[N, C, H, W]`` or ``[C, H, W]``, float32, bfloat16 or float64, of the dtype of ``weight.values``.
+        x: ``[N, C, H, W]`` or ``[C, H, W]``, float32, bfloat16, float16 (GPU) or float64 (CPU), of the
+            dtype of ``weight.values``.
         weight: the packed ``[out_channels, C / groups, kh, kw]`` weight.
         bias: ``[out_channels]`` or None.
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d`` (padding in zeros, per side).
@@ -129,8 +132,15 @@ def _(columns: Tensor, row_offsets: Tensor, width: int, groups: int, taps: int, 
     return columns.new_empty([torch.library.get_ctx().new_dynamic_size()], dtype=torch.uint8)
 
 
+@torch.library.register_fake("slimtorch::sparse_cuda_plan")
+def _(columns: Tensor, row_offsets: Tensor, width: int, groups: int, transposed: bool) -> Tensor:
+    return columns.new_empty([torch.library.get_ctx().new_dynamic_size()], dtype=torch.uint8)
+
+
 @torch.library.register_fake("slimtorch::sparse_pack_values")
 def _(values: Tensor, plan: Tensor) -> Tensor:
+    if on_gpu(values):
+        return torch.empty_like(values)
     return values.new_empty(values.shape, dtype=torch.float64 if values.dtype == torch.float64 else torch.float32)
 
 

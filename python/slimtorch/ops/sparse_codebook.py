@@ -30,7 +30,8 @@ def sparse_codebook_linear(
     """``x @ weight.T + bias`` with a sparse weight of table entries.
 
     Args:
-        x: ``[..., in_features]``, float32, bfloat16 or float64, of the dtype of ``weight.codebook``.
+        x: ``[..., in_features]``, float32, bfloat16, float64 or (on CUDA) float16, of the dtype of
+            ``weight.codebook``.
         weight: the packed ``[out_features, in_features]`` weight.
         bias: ``[out_features]`` or None.
         activation: ``"relu"`` is fused into the kernel.
@@ -75,7 +76,8 @@ def sparse_codebook_conv2d(
     """2-D cross-correlation with a sparse weight of table entries.
 
     Args:
-        x: ``[N, C, H, W]`` or ``[C, H, W]``, float32, bfloat16 or float64, of the dtype of ``weight.codebook``.
+        x: ``[N, C, H, W]`` or ``[C, H, W]``, float32, bfloat16, float64 or (on CUDA) float16, of the dtype of
+            ``weight.codebook``.
         weight: the packed ``[out_channels, C / groups, kh, kw]`` weight.
         bias: ``[out_channels]`` or None.
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d`` (padding in zeros, per side).
@@ -206,6 +208,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.groups = rest[-2] if rest[:-2] else 1
 
 
+_linear_setup = _conv2d_setup = _setup
+
+
 def _width(ctx: Any) -> int:
     if not ctx.geometry:
         return int(ctx.shape[-1])
@@ -241,7 +246,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (grad_x, grad_codebook, *[None] * 10, grad_bias, None)
 
 
-torch.library.register_autograd("slimtorch::sparse_codebook_linear", _linear_backward, setup_context=_setup)
+torch.library.register_autograd("slimtorch::sparse_codebook_linear", _linear_backward, setup_context=_linear_setup)
 
 
 @once_differentiable  # the gradient operators have no gradients of their own
@@ -269,4 +274,4 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (grad_x, grad_codebook, *[None] * 10, grad_bias, *[None] * 6)
 
 
-torch.library.register_autograd("slimtorch::sparse_codebook_conv2d", _conv2d_backward, setup_context=_setup)
+torch.library.register_autograd("slimtorch::sparse_codebook_conv2d", _conv2d_backward, setup_context=_conv2d_setup)
