@@ -15,6 +15,7 @@ from slimtorch.measure import (
     Latency,
     count_macs,
     count_parameters,
+    device_of,
     disk_bytes,
     interleave,
     measure,
@@ -192,3 +193,78 @@ def test_threads_come_back_after_an_error():
         work()
     assert seen == [1]
     assert torch.get_num_threads() == before
+
+
+# --- on a GPU, as far as that shows without one -----------------------------------------------------------------------
+
+
+class FakeCuda:
+    """CUDA's clock: a call takes a millisecond on its device, and nothing anywhere else."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current, self.now, self.log = 0, 0.0, []
+        fake = self
+
+        class Event:
+            def __init__(self, enable_timing: bool = False) -> None:
+                assert enable_timing
+                self.at = None
+
+            def record(self) -> None:
+                fake.log.append(("record", fake.current))
+                self.at = fake.now
+
+            def synchronize(self) -> None:
+                fake.log.append(("wait", fake.current))
+
+            def elapsed_time(self, end) -> float:
+                return end.at - self.at
+
+        class Device:
+            def __init__(self, device: torch.device) -> None:
+                self.index = device.index
+
+            def __enter__(self) -> None:
+                self.before, fake.current = fake.current, self.index
+
+            def __exit__(self, *error) -> None:
+                fake.current = self.before
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "device", Device)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: self.log.append(("synchronize", self.current)))
+
+    def call(self) -> None:
+        self.now += 1.0  # milliseconds
+
+
+def test_a_gpu_is_timed_by_its_own_events(monkeypatch):
+    fake = FakeCuda(monkeypatch)
+    found = interleave({"a": fake.call}, samples=4, min_sample_seconds=5e-3, device=torch.device("cuda", 1))["a"]
+    assert found == Latency(1e-3, 1e-3, 1e-3, 4, 5)
+    assert {device for _, device in fake.log} == {1}  # that of the callables, whatever is current
+    assert fake.current == 0
+    assert [what for what, _ in fake.log[-4:]] == ["synchronize", "record", "record", "wait"]
+
+
+@pytest.mark.parametrize("device", [None, torch.device("cpu")])
+def test_the_cpu_is_timed_without_cuda(monkeypatch, device):
+    fake = FakeCuda(monkeypatch)
+    interleave({"a": lambda: None}, samples=1, min_sample_seconds=1e-5, device=device)
+    assert fake.log == []
+
+
+def test_where_a_model_runs():
+    model = nn.Linear(2, 2, device="meta")
+    cpu = torch.zeros(1, 2)
+    assert device_of(model, (cpu,), {}).type == "meta"  # an input that stays on the CPU is no sign
+    assert device_of(nn.Linear(2, 2), (cpu,), {}).type == "cpu"
+    assert device_of(nn.Linear(2, 2), (), {"x": cpu.to("meta")}).type == "meta"
+    assert device_of(nn.ReLU(), (), {}).type == "cpu"
+
+
+@pytest.mark.cuda
+def test_measure_on_a_gpu():
+    report = measure(LeNet5().cuda(), torch.randn(2, 1, 28, 28, device="cuda"), repeats=3)
+    assert report.device == "cuda:0"
+    assert 0 < report.latency.p10 <= report.latency.median < 1

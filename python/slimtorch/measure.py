@@ -8,6 +8,7 @@ comparison in this package is made: rivals that take turns see the same clock fr
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import math
@@ -63,7 +64,7 @@ def interleave(
         calls: name -> callable without arguments. Each is called at least twice before anything is timed.
         samples: rounds.
         min_sample_seconds: a sample repeats its call until it lasts about this long.
-        device: where the callables run; on CUDA the time is taken with events on the current stream.
+        device: where the callables run; on CUDA the time is taken with events on that device's current stream.
         on_round: told the number of rounds done after each one (progress bars).
 
     Raises:
@@ -71,7 +72,7 @@ def interleave(
     """
     if samples < 1:
         raise ValueError(f"samples: expected at least 1, got {samples}")
-    timer = _time_cuda if device is not None and device.type == "cuda" else _time_cpu
+    timer = _timer(device)
     repeats: dict[str, int] = {}
     for name, call in calls.items():
         timer(call, 1)  # the first call allocates, prepares primitives, may compile
@@ -100,15 +101,23 @@ def _time_cpu(call: Callable[[], object], repeats: int) -> float:
     return (time.perf_counter_ns() - start) * 1e-9
 
 
-def _time_cuda(call: Callable[[], object], repeats: int) -> float:
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    begin.record()
-    for _ in range(repeats):
-        call()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) * 1e-3
+def _timer(device: torch.device | None) -> Callable[[Callable[[], object], int], float]:
+    """What times ``repeats`` calls in a row on a device, in seconds."""
+    if device is None or device.type != "cuda":
+        return _time_cpu
+    return functools.partial(_time_cuda, device)
+
+
+def _time_cuda(device: torch.device, call: Callable[[], object], repeats: int) -> float:
+    with torch.cuda.device(device):  # events are recorded on the current device's stream
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()  # nothing of others is left in the queue
+        begin.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) * 1e-3
 
 
 @contextlib.contextmanager
@@ -228,7 +237,7 @@ def measure(
     if repeats < 1:
         raise ValueError(f"repeats: expected at least 1, got {repeats}")
     args, kwargs = split_inputs(example_inputs)
-    device = _device_of(model, args, kwargs)
+    device = device_of(model, args, kwargs)
 
     with threads_of_torch(threads) as used_threads, eval_mode(model), torch.inference_mode():
         macs = _count_macs(model, args, kwargs)
@@ -440,8 +449,8 @@ def _describe(value: Any) -> str:
     return type(value).__name__
 
 
-def _device_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-    for tensor in (*tensors, *model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
+def device_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+    """Where the model runs: where a GPU is among its tensors, there (a stray input may lie on the CPU)."""
+    inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+    devices = [tensor.device for tensor in (*inputs, *model.parameters(), *model.buffers())]
+    return next((d for d in devices if d.type != "cpu"), devices[0] if devices else torch.device("cpu"))

@@ -29,7 +29,15 @@ from slimtorch import _select, reference
 from slimtorch.formats import Binary, BlockSparse, Codebook, Format, Sparse, SparseCodebook
 from slimtorch.formats._common import matrix_shape
 from slimtorch.formats.block_sparse import check_block_size
-from slimtorch.measure import Latency, eval_mode, interleave, memory_bytes, prepacked_bytes, split_inputs
+from slimtorch.measure import (
+    Latency,
+    device_of,
+    eval_mode,
+    interleave,
+    memory_bytes,
+    prepacked_bytes,
+    split_inputs,
+)
 from slimtorch.nn import (
     BinaryConv2d,
     BinaryLinear,
@@ -316,7 +324,7 @@ def pack_(
                 for unit in units:
                     unit.show("dense")
                 before = memory_bytes(model)
-                device = _device(args, kwargs, model)
+                device = device_of(model, args, kwargs)
                 notes, latencies = _settle(model, units, args, kwargs, race, device)
                 advance("whole model")
         except BaseException:
@@ -396,11 +404,6 @@ def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
     return type(value).__name__
-
-
-def _device(args: tuple[Any, ...], kwargs: dict[str, Any], model: nn.Module) -> torch.device:
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    return next((tensor.device for tensor in (*tensors, *model.parameters())), torch.device("cpu"))
 
 
 # --- layers that change their form ------------------------------------------------------------------------------------
@@ -764,12 +767,22 @@ def _deviation(member: _Member, packed: PackedLayer, x: Tensor) -> float:
     magnitude = torch.func.functional_call(
         twin, {"weight": twin.weight.abs().to(wide), **({} if bias is None else {"bias": bias})}, (reach,)
     )
-    bound = (2 * terms * torch.finfo(wide).eps + 2 * torch.finfo(dense.dtype).eps) * magnitude
+    bound = (2 * terms * torch.finfo(wide).eps + _rounding(twin, dense)) * magnitude
     bound += torch.finfo(dense.dtype).tiny
     # Where an activation is not finite, dense multiplies it with zeros that a packed layer does not store.
     finite = dense.isfinite() & magnitude.isfinite()
     excess = ((ours.to(wide) - dense.to(wide)).abs() / bound)[finite]
     return float(excess.nan_to_num(nan=math.inf).max()) if excess.numel() else 0.0
+
+
+def _rounding(twin: nn.Linear | nn.Conv2d, dense: Tensor) -> float:
+    """What one product of the dense layer may be off by, beside the rounding of a sum: as its library computes it."""
+    rounding = 2 * torch.finfo(dense.dtype).eps
+    if dense.device.type == "cuda" and dense.dtype == torch.float32:
+        conv = isinstance(twin, nn.Conv2d)
+        if torch.backends.cudnn.allow_tf32 if conv else torch.backends.cuda.matmul.allow_tf32:
+            rounding += 2 * 2.0**-10  # both factors lose all but ten bits
+    return rounding
 
 
 # --- races ------------------------------------------------------------------------------------------------------------

@@ -23,13 +23,13 @@ class SignWeights {
  public:
   using Value = T;
   struct Params {
-    const uint8_t* words;  // [groups][blocks][rows] of 8 bytes
-    int64_t rows, blocks;  // of a group, see FloatLayout
-    const void* scale;     // [n] of T
+    const uint8_t* words;      // [groups][blocks][rows] of 8 bytes
+    int64_t rows, blocks;      // of a group, see FloatLayout
+    const void* scale;         // [n] of T
   };
   static constexpr int kBlocks = Tile::kDepth / 64;
   static constexpr int kStageBytes = kBlocks * Tile::kRows * 8, kBlockBytes = 0;
-  static constexpr bool kExpands = false, kScaled = true, kTf32 = true;
+  static constexpr bool kExpands = false, kTf32 = true;
   static_assert(Tile::kDepth % 64 == 0, "steps of whole words");
 
   __device__ __forceinline__ SignWeights(const Params& p, unsigned char*, int64_t row0, int group, int split,
@@ -72,6 +72,10 @@ class SignWeights {
       for (int i = 0; i < 4; ++i)
         a[i] = (((w[i % 2] << shift) << (14 - k % 32 / 2 - i / 2 * 2)) & 0x80000000u) ^ 0xbf800000u;
     }
+  }
+
+  __device__ __forceinline__ static float scale(const Params& p, int64_t row) {
+    return to_float(load_constant(static_cast<const T*>(p.scale) + row));
   }
 
  private:

@@ -31,9 +31,9 @@
 //   `static __device__ float exact(const Params&, const Activations&, int group, int64_t row, int64_t column)`, the sum
 //   of one output (row within the group) over stored weights alone. Every sum that is NaN is asked for anew. (One that is
 //   Inf is right: a zero times Inf would have made it NaN.)
-// * Optional: `static constexpr bool kScaled = true`: Params has `const void* scale`, [n] of T, a factor of each row of the
-//   sums; the bias is added after it.
-// * Optional: `static constexpr bool kTf32 = true`: weights of float32 are exact in tf32; two products then, not three.
+// * Optional: `static __device__ float scale(const Params&, int64_t row)`, a factor of each row (over all groups) of the
+//   sums; the bias is added after it. Not together with Exact.
+// * Optional: `static constexpr bool kTf32 = true` where weights of float32 are exact in tf32: two products then, not three.
 // * depth() is asked in every step before its loads: keep what it needs in registers or the block's shared memory.
 // * expand() may write to the block's shared memory: a barrier stands between it and the products of the step before.
 // * load(stage, step) may run while other threads still do the products of step - kStages + 1 and later ones.
@@ -95,9 +95,9 @@ struct ExactOf<W, std::void_t<typename W::Exact>> {
 };
 
 template <class W, class = void>
-struct IsScaled : std::false_type {};
+struct HasScale : std::false_type {};
 template <class W>
-struct IsScaled<W, std::void_t<decltype(W::kScaled)>> : std::bool_constant<W::kScaled> {};
+struct HasScale<W, std::void_t<decltype(&W::scale)>> : std::true_type {};
 
 template <class W, class = void>
 struct IsTf32 : std::false_type {};
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) matmul_kernel(c
   constexpr int kSlab = SlabOf<W>::value;
   using Exact = typename ExactOf<W>::type;
   constexpr bool kExact = !std::is_same_v<Exact, NoExact>;
-  constexpr bool kScaled = IsScaled<W>::value;
+  static_assert(!(HasScale<W>::value && kExact), "sums that are asked for anew have no scale");
   static_assert(Tile::kDepth % kK == 0, "a step is made of whole products");
 
   unsigned char* const stages = dynamic_shared();
@@ -315,7 +315,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) matmul_kernel(c
 #pragma unroll
           for (int v = 0; v < 2; ++v) {
             const int row = lane_row + 16 * i + 8 * v;
-            if (row < out.rows) at[row * out.row_stride()] = d[i][j][2 * v + h];
+            if (row >= out.rows) continue;
+            float sum = d[i][j][2 * v + h];
+            if constexpr (HasScale<W>::value) sum *= W::scale(p.w, out.row0 + row);
+            at[row * out.row_stride()] = sum;
           }
       }
     return;
@@ -332,14 +335,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) matmul_kernel(c
       const float bias =
           p.a.bias && row < out.rows ? to_float(load_constant(static_cast<const T*>(p.a.bias) + out.row0 + row)) : 0.0f;
       float scale = 1.0f;
-      if constexpr (kScaled)
-        if (row < out.rows) scale = to_float(load_constant(static_cast<const T*>(p.w.scale) + out.row0 + row));
+      if constexpr (HasScale<W>::value) scale = row < out.rows ? W::scale(p.w, out.row0 + row) : 0.0f;
 #pragma unroll
       for (int j = 0; j < kJ; ++j)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const int column = lane_column + 8 * j + h;
-          float sum = (kScaled ? d[i][j][2 * v + h] * scale : d[i][j][2 * v + h]) + bias;
+          float sum = (HasScale<W>::value ? d[i][j][2 * v + h] * scale : d[i][j][2 * v + h]) + bias;
           if constexpr (kExact) nan |= sum != sum;
           if (p.a.relu && sum < 0.0f) sum = 0.0f;
           result[kConv ? row * Shape::kLine + column : column * Shape::kLine + row] = from_float<T>(sum);
@@ -355,7 +357,6 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) matmul_kernel(c
         const float old = to_float(at);
         if (row >= out.rows || column >= out.columns || old == old) continue;
         float sum = Exact::exact(p.w, p.a, group, row0 + row, column0 + column);
-        if constexpr (kScaled) sum *= to_float(load_constant(static_cast<const T*>(p.w.scale) + out.row0 + row));
         if (p.a.bias) sum += to_float(load_constant(static_cast<const T*>(p.a.bias) + out.row0 + row));
         if (p.a.relu && sum < 0.0f) sum = 0.0f;
         at = from_float<T>(sum);
@@ -400,7 +401,7 @@ template <class Exact>
 struct ReduceParams {
   const float* partial;  // [splits][as y]
   void* y;
-  const void *scale, *bias;  // [n], or null
+  const void* bias;
   int splits;
   bool relu;
   int64_t total, n, inner;  // entries of y; rows; entries from one row of y to the next
@@ -423,7 +424,6 @@ __global__ void __launch_bounds__(kReduceThreads) reduce_kernel(const ReducePara
                            i / (p.inner * p.n) * p.inner + i % p.inner);
       }
     }
-    if (p.scale) sum *= to_float(load_constant(static_cast<const T*>(p.scale) + i / p.inner % p.n));
     if (p.bias) sum += to_float(load_constant(static_cast<const T*>(p.bias) + i / p.inner % p.n));
     if (p.relu && sum < 0.0f) sum = 0.0f;
     static_cast<T*>(p.y)[i] = from_float<T>(sum);

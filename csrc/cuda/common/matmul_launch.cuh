@@ -49,8 +49,7 @@ const char* matmul(const char* name, const Activations& a, const typename W::Par
              {name, dim3(unsigned(blocks)), dim3(Tile::kThreads), matmul_shared<W, kConv, Tile>(), stream}, p);
   if (error || splits == 1) return error;
   using Exact = typename ExactOf<W>::type;
-  ReduceParams<Exact> r{partial, a.y, nullptr, a.bias, splits, a.relu, a.n * columns, a.n, 1, a, ExactOf<W>::params(w)};
-  if constexpr (IsScaled<W>::value) r.scale = w.scale;
+  ReduceParams<Exact> r{partial, a.y, a.bias, splits, a.relu, a.n * columns, a.n, 1, a, ExactOf<W>::params(w)};
   if (kConv) r.inner = a.geometry.out_h * a.geometry.out_w;
   const int64_t wanted = (r.total + kReduceThreads - 1) / kReduceThreads;
   return launch(reduce_kernel<typename W::Value, Exact>,

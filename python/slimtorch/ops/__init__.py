@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operators over format objects. Under each lies ``torch.ops.slimtorch.*`` over plain tensors."""
 
-from slimtorch.ops.binary import binary_conv2d, binary_linear
-from slimtorch.ops.block_sparse import block_sparse_conv2d, block_sparse_linear
-from slimtorch.ops.codebook import codebook_conv2d, codebook_linear
+from slimtorch.ops import binary, block_sparse, codebook, sparse, sparse_codebook
+from slimtorch.ops._common import says_out_of_memory
 from slimtorch.ops.coding import (
     assign_1d,
     huffman_decode,
@@ -13,8 +12,17 @@ from slimtorch.ops.coding import (
     initial_centroids,
     kmeans_1d,
 )
-from slimtorch.ops.sparse import sparse_conv2d, sparse_linear
-from slimtorch.ops.sparse_codebook import sparse_codebook_conv2d, sparse_codebook_linear
+
+binary_conv2d = says_out_of_memory(binary.binary_conv2d)
+binary_linear = says_out_of_memory(binary.binary_linear)
+block_sparse_conv2d = says_out_of_memory(block_sparse.block_sparse_conv2d)
+block_sparse_linear = says_out_of_memory(block_sparse.block_sparse_linear)
+codebook_conv2d = says_out_of_memory(codebook.codebook_conv2d)
+codebook_linear = says_out_of_memory(codebook.codebook_linear)
+sparse_conv2d = says_out_of_memory(sparse.sparse_conv2d)
+sparse_linear = says_out_of_memory(sparse.sparse_linear)
+sparse_codebook_conv2d = says_out_of_memory(sparse_codebook.sparse_codebook_conv2d)
+sparse_codebook_linear = says_out_of_memory(sparse_codebook.sparse_codebook_linear)
 
 __all__ = [
     "assign_1d",

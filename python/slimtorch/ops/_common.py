@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from slimtorch import _C
 
 Activation = Literal["relu"] | None
 Pair = tuple[int, int]
+Operator = TypeVar("Operator", bound=Callable[..., Tensor])
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -27,16 +30,50 @@ _warned: set[tuple[str, str, torch.dtype]] = set()
 
 
 def has_kernel(op: str, x: Tensor, dtypes: dict[str, tuple[torch.dtype, ...]] = KERNEL_DTYPES) -> bool:
-    """Whether ``op`` runs natively on ``x``; says once per (op, device, dtype) when it does not."""
-    if x.device.type == "meta" or x.dtype in dtypes.get(x.device.type, ()):  # meta: shapes only, any dtype
+    """Whether ``op`` runs natively on ``x``; says once per (op, device, dtype) when it does not, and why."""
+    device = x.device.type
+    if device == "meta":  # shapes only, any dtype
         return True
-    key = (op, x.device.type, x.dtype)
-    if key not in _warned and not torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    old = None if compiling or device != "cuda" else _too_old(x.device.index or 0)
+    if x.dtype in dtypes.get(device, ()) and old is None:
+        return True
+    key = (op, device, x.dtype)
+    if key not in _warned and not compiling:
         _warned.add(key)
-        warnings.warn(
-            f"slimtorch.{op} has no kernel for {x.dtype} on {x.device.type}: running dense torch", stacklevel=3
-        )
+        why = f" ({old})" if old else ""
+        if device == "cuda" and device not in dtypes:
+            why = " (this build of slimtorch has no CUDA kernels)"
+        warnings.warn(f"slimtorch.{op} has no kernel for {x.dtype} on {device}{why}: running dense torch", stacklevel=3)
     return False
+
+
+@functools.lru_cache
+def _too_old(index: int) -> str | None:
+    """Why the CUDA kernels cannot run on a GPU, or None."""
+    major, minor = torch.cuda.get_device_capability(index)
+    return None if major >= 8 else f"its compute capability is {major}.{minor}, the kernels need 8.0 or later"
+
+
+def says_out_of_memory(function: Operator) -> Operator:
+    """``function``, a wrapper of operators, with torch.OutOfMemoryError where an operator finds no memory on a GPU.
+
+    Operators allocate through torch's stable interface, which lets only the text of an error through, as RuntimeError.
+    """
+
+    @functools.wraps(function)
+    def checked(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        try:
+            return function(x, *args, **kwargs)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and _ALLOCATES in str(error) and x.device.type == "cuda":
+                raise torch.OutOfMemoryError(f"{function.__name__}: out of memory on {x.device}") from error
+            raise
+
+    return cast(Operator, checked)
+
+
+_ALLOCATES = "aten::new_empty"  # in the text of an error: the call that failed
 
 
 def is_inference(x: Tensor, values: Tensor, bias: Tensor | None) -> bool:
