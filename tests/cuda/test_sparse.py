@@ -15,7 +15,7 @@ from torch import Tensor
 from slimtorch.formats import Sparse
 from tests.cuda.conftest import DTYPES, Device
 from tests.ops import operators
-from tests.problems import EDGE_CONV, EDGE_LINEAR, ConvProblem, LinearProblem, Problem
+from tests.problems import EDGE_CONV, ConvProblem, LinearProblem, Problem
 
 HALVES = (torch.float16, torch.bfloat16)
 IDS: dict[str, Any] = {"ids": str}
