@@ -128,6 +128,22 @@ Tensor sparse_conv2d_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor r
 Tensor block_sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, SLIM_OPT plan,
                            SLIM_OPT backward_plan, SLIM_OPT bias, int64_t rows, bool relu);
 
+// As in slim::binary; plans are made on the device, of kind 0 or 1 (floats of any of its dtypes).
+Tensor binary_plan(Tensor signs, int64_t rows, int64_t channels, SLIM_INTS kernel, int64_t groups, int64_t kind);
+Tensor binary_linear(Tensor x, Tensor signs, Tensor scale, SLIM_OPT plan, SLIM_OPT bias, bool binarize_input, bool relu);
+Tensor binary_conv2d(Tensor x, Tensor signs, Tensor scale, SLIM_OPT plan, SLIM_OPT bias, SLIM_INTS kernel,
+                     SLIM_INTS stride, SLIM_INTS padding, SLIM_INTS dilation, int64_t groups, bool binarize_input,
+                     bool relu);
+Tensor binary_linear_from_bits(Tensor x, int64_t width, Tensor signs, Tensor scale, SLIM_OPT plan, SLIM_OPT bias,
+                               bool relu);
+Tensor binary_conv2d_from_bits(Tensor x, int64_t channels, Tensor signs, Tensor scale, SLIM_OPT plan, SLIM_OPT bias,
+                               SLIM_INTS kernel, SLIM_INTS stride, SLIM_INTS padding, SLIM_INTS dilation,
+                               int64_t groups, bool relu);
+Tensor binary_linear_to_bits(Tensor x, int64_t width, Tensor signs, SLIM_OPT plan, Tensor thresholds, Tensor rising);
+Tensor binary_conv2d_to_bits(Tensor x, int64_t channels, Tensor signs, SLIM_OPT plan, Tensor thresholds, Tensor rising,
+                             SLIM_INTS kernel, SLIM_INTS stride, SLIM_INTS padding, SLIM_INTS dilation, int64_t groups);
+Tensor binary_scale_dots(Tensor dots, Tensor scale, SLIM_OPT bias, bool relu);
+
 Tensor codebook_linear(Tensor x, Tensor codebook, Tensor codes, SLIM_OPT plan, int64_t rows, int64_t bits,
                        int64_t group_size, bool zero, SLIM_OPT bias, bool relu);
 Tensor codebook_conv2d(Tensor x, Tensor codebook, Tensor codes, SLIM_OPT plan, int64_t rows, int64_t bits,

@@ -156,6 +156,15 @@ STABLE_TORCH_LIBRARY_IMPL(SLIM_LIBRARY, SLIM_CUDA_KEY, m) {
 
   SLIM_IMPL("block_sparse_linear", slim::cuda::block_sparse_linear);
 
+  m.impl("binary_plan", TORCH_BOX(&slim::cuda::binary_plan));
+  SLIM_IMPL("binary_linear", slim::cuda::binary_linear);
+  SLIM_IMPL("binary_conv2d", slim::cuda::binary_conv2d);
+  m.impl("binary_linear_from_bits", TORCH_BOX(&slim::cuda::binary_linear_from_bits));
+  m.impl("binary_conv2d_from_bits", TORCH_BOX(&slim::cuda::binary_conv2d_from_bits));
+  m.impl("binary_linear_to_bits", TORCH_BOX(&slim::cuda::binary_linear_to_bits));
+  m.impl("binary_conv2d_to_bits", TORCH_BOX(&slim::cuda::binary_conv2d_to_bits));
+  m.impl("binary_scale_dots", TORCH_BOX(&slim::cuda::binary_scale_dots));
+
   SLIM_IMPL("codebook_linear", slim::cuda::codebook_linear);
   SLIM_IMPL("codebook_conv2d", slim::cuda::codebook_conv2d);
   m.impl("codebook_decode", TORCH_BOX(&slim::cuda::codebook_decode));

@@ -8,7 +8,8 @@
     save, load  one small file, which loads into a fresh dense model
     measure     parameters, bytes, multiply-accumulates, latency
 
-Formats are in :mod:`slimtorch.formats`, layers in :mod:`slimtorch.nn`, operators in :mod:`slimtorch.ops`.
+Formats are in :mod:`slimtorch.formats`, layers in :mod:`slimtorch.nn`, operators in :mod:`slimtorch.ops`,
+networks of the literature in :mod:`slimtorch.models`.
 """
 
 import torch  # noqa: F401  the native library links against torch's, which must be loaded first
@@ -21,7 +22,7 @@ except ImportError as error:
         "build it with `pip install .` in the source tree, with the torch that runs it"
     ) from error
 
-from slimtorch import formats, nn, ops, prune, quantize, reference, storage
+from slimtorch import formats, models, nn, ops, prune, quantize, reference, storage
 from slimtorch.measure import Measurement, measure
 from slimtorch.packing import PackReport, pack_
 from slimtorch.prune import prune_
@@ -41,6 +42,7 @@ __all__ = [
     "formats",
     "load",
     "measure",
+    "models",
     "nn",
     "ops",
     "pack_",

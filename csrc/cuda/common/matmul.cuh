@@ -31,6 +31,9 @@
 //   `static __device__ float exact(const Params&, const Activations&, int group, int64_t row, int64_t column)`, the sum
 //   of one output (row within the group) over stored weights alone. Every sum that is NaN is asked for anew. (One that is
 //   Inf is right: a zero times Inf would have made it NaN.)
+// * Optional: `static __device__ float scale(const Params&, int64_t row)`, a factor of each row (over all groups) of the
+//   sums; the bias is added after it. Not together with Exact.
+// * Optional: `static constexpr bool kTf32 = true` where weights of float32 are exact in tf32: two products then, not three.
 // * depth() is asked in every step before its loads: keep what it needs in registers or the block's shared memory.
 // * expand() may write to the block's shared memory: a barrier stands between it and the products of the step before.
 // * load(stage, step) may run while other threads still do the products of step - kStages + 1 and later ones.
@@ -91,6 +94,16 @@ struct ExactOf<W, std::void_t<typename W::Exact>> {
   static const typename type::Params& params(const typename W::Params& p) { return p; }
 };
 
+template <class W, class = void>
+struct HasScale : std::false_type {};
+template <class W>
+struct HasScale<W, std::void_t<decltype(&W::scale)>> : std::true_type {};
+
+template <class W, class = void>
+struct IsTf32 : std::false_type {};
+template <class W>
+struct IsTf32<W, std::void_t<decltype(W::kTf32)>> : std::bool_constant<W::kTf32> {};
+
 template <class W, bool kConv, class Tile>
 struct MatmulShape {
   using T = typename W::Value;
@@ -132,8 +145,8 @@ __device__ __forceinline__ void split_tf32(const uint32_t (&v)[kCount], uint32_t
   }
 }
 
-// d[i][j] += a[i] b[j].
-template <class T, int kI, int kJ>
+// d[i][j] += a[i] b[j]. kTf32: a is exact in tf32.
+template <class T, bool kTf32 = false, int kI, int kJ>
 __device__ __forceinline__ void multiply(float (&d)[kI][kJ][4], const uint32_t (&a)[kI][4],
                                          const uint32_t (&b)[kJ][2]) {
   if constexpr (sizeof(T) == 2) {
@@ -147,6 +160,13 @@ __device__ __forceinline__ void multiply(float (&d)[kI][kJ][4], const uint32_t (
     for (int j = 0; j < kJ; ++j) split_tf32(b[j], b_hi[j], b_lo[j]);
 #pragma unroll
     for (int i = 0; i < kI; ++i) {
+      if constexpr (kTf32) {
+#pragma unroll
+        for (int j = 0; j < kJ; ++j) mma_m16n8k8_tf32(d[i][j], a[i], b_lo[j]);
+#pragma unroll
+        for (int j = 0; j < kJ; ++j) mma_m16n8k8_tf32(d[i][j], a[i], b_hi[j]);
+        continue;
+      }
       uint32_t a_hi[4], a_lo[4];
       split_tf32(a[i], a_hi, a_lo);
 #pragma unroll
@@ -197,6 +217,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) matmul_kernel(c
   constexpr int kSlab = SlabOf<W>::value;
   using Exact = typename ExactOf<W>::type;
   constexpr bool kExact = !std::is_same_v<Exact, NoExact>;
+  static_assert(!(HasScale<W>::value && kExact), "sums that are asked for anew have no scale");
   static_assert(Tile::kDepth % kK == 0, "a step is made of whole products");
 
   unsigned char* const stages = dynamic_shared();
@@ -268,7 +289,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) matmul_kernel(c
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       if (kBuffers == 2 && s + 1 < kSteps) fragments(s + 1);
-      multiply<T>(d, a[s % kBuffers], b[s % kBuffers]);
+      multiply<T, IsTf32<W>::value>(d, a[s % kBuffers], b[s % kBuffers]);
       if (kBuffers == 1 && s + 1 < kSteps) fragments(s + 1);
     }
     if (next < steps) x.store(into);
@@ -294,7 +315,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) matmul_kernel(c
 #pragma unroll
           for (int v = 0; v < 2; ++v) {
             const int row = lane_row + 16 * i + 8 * v;
-            if (row < out.rows) at[row * out.row_stride()] = d[i][j][2 * v + h];
+            if (row >= out.rows) continue;
+            float sum = d[i][j][2 * v + h];
+            if constexpr (HasScale<W>::value) sum *= W::scale(p.w, out.row0 + row);
+            at[row * out.row_stride()] = sum;
           }
       }
     return;
@@ -310,12 +334,14 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) matmul_kernel(c
       const int row = lane_row + 16 * i + 8 * v;
       const float bias =
           p.a.bias && row < out.rows ? to_float(load_constant(static_cast<const T*>(p.a.bias) + out.row0 + row)) : 0.0f;
+      float scale = 1.0f;
+      if constexpr (HasScale<W>::value) scale = row < out.rows ? W::scale(p.w, out.row0 + row) : 0.0f;
 #pragma unroll
       for (int j = 0; j < kJ; ++j)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const int column = lane_column + 8 * j + h;
-          float sum = d[i][j][2 * v + h] + bias;
+          float sum = (HasScale<W>::value ? d[i][j][2 * v + h] * scale : d[i][j][2 * v + h]) + bias;
           if constexpr (kExact) nan |= sum != sum;
           if (p.a.relu && sum < 0.0f) sum = 0.0f;
           result[kConv ? row * Shape::kLine + column : column * Shape::kLine + row] = from_float<T>(sum);

@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from slimtorch import _C
 from slimtorch.formats._bits import check_stream, pack_bits, stream_bytes, unpack_bits
-from slimtorch.formats._common import INDEX_LIMIT, WithPlans, check_dense, matrix_shape
+from slimtorch.formats._common import INDEX_LIMIT, WithPlans, check_dense, matrix_shape, on_gpu
+
+_ops = torch.ops.slimtorch
 
 
 @dataclass(eq=False)
@@ -87,27 +90,30 @@ class Binary(WithPlans):
         """Stored entries over entries of the dense weight: 1."""
         return 1.0
 
-    def plan(self, groups: int = 1, *, binarize_input: bool = True) -> Tensor | None:
-        """The signs in the order of the CPU kernels (opaque bytes): derived once, cached, never saved.
+    def _has_plans(self) -> bool:
+        return self.signs.is_cpu or (on_gpu(self.signs) and bool(_C.cuda_archs()))
 
-        With ``binarize_input=False`` the plan serves float32 and bfloat16 activations; float64 has a kernel to check
-        gradients with, which orders the signs at every call.
+    def plan(self, groups: int = 1, *, binarize_input: bool = True) -> Tensor | None:
+        """The signs in the order of the device's kernels (opaque bytes): derived there once, cached, never saved.
+
+        With ``binarize_input=False`` the plan serves float32 and bfloat16 activations, on CUDA float16 too; float64 has
+        a kernel on the CPU to check gradients with, which orders the signs at every call.
 
         None while a graph is being traced and nothing is cached (the kernel then derives it at every call), and on
-        devices other than the CPU.
+        devices other than the CPU and CUDA.
 
         Raises:
             TypeError, ValueError: the format breaks an invariant (see ``validate``); checked before the first plan.
         """
         key = (groups, binarize_input)
         if key not in self._plans:
-            if torch.compiler.is_compiling() or self.signs.device.type != "cpu":
+            if torch.compiler.is_compiling() or not self._has_plans():
                 return None
             if not self._plans:
                 self.validate()  # kernels trust sizes from here on
             kernel = self.shape[2:] or (1, 1)
             with torch.inference_mode(False):  # else backward could not save a plan derived inside inference_mode
-                self._plans[key] = torch.ops.slimtorch.binary_plan(
+                self._plans[key] = _ops.binary_plan(
                     self.signs, self.shape[0], self.shape[1], kernel, groups, 0 if binarize_input else 1
                 )
         return self._plans[key]

@@ -32,7 +32,7 @@ def binary_linear(
     """``sign(x) @ weight.T + bias`` with a binary weight; sign(0) = +1, and NaN counts as -1.
 
     Args:
-        x: ``[..., in_features]``, float32, bfloat16 or float64, of the dtype of ``weight.scale``.
+        x: ``[..., in_features]``, float32, bfloat16, float64, on CUDA float16, of the dtype of ``weight.scale``.
         weight: the packed ``[out_features, in_features]`` weight.
         bias: ``[out_features]`` or None.
         binarize_input: take the signs of ``x`` (backward: straight through where ``|x| <= 1``), or ``x`` itself.
@@ -77,7 +77,7 @@ def binary_conv2d(
     """2-D cross-correlation of ``sign(x)`` with a binary weight; sign(0) = +1, NaN counts as -1, padding adds zeros.
 
     Args:
-        x: ``[N, C, H, W]`` or ``[C, H, W]``, float32, bfloat16 or float64, of the dtype of ``weight.scale``.
+        x: ``[N, C, H, W]`` or ``[C, H, W]``, float32, bfloat16, float64, on CUDA float16, of the dtype of ``weight.scale``.
         weight: the packed ``[out_channels, C / groups, kh, kw]`` weight.
         bias: ``[out_channels]`` or None.
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d`` (padding in zeros, per side).
@@ -145,7 +145,7 @@ def binary_linear_to_bits(x: Tensor, weight: Binary, thresholds: Tensor, rising:
         ``[..., 8 * ceil(out_features / 64)]`` uint8.
     """
     _rows, width = weight.shape
-    if x.device.type == "cpu":
+    if _runs(x):
         return _ops.binary_linear_to_bits(x, width, weight.signs, weight.plan(), thresholds, rising)
     dots = reference.linear(_unpacked(x, width), _unscaled(weight))
     return reference.pack_signs(_compare(dots, thresholds, rising))
@@ -156,7 +156,7 @@ def binary_linear_from_bits(
 ) -> Tensor:
     """:func:`binary_linear` over packed activations ``x [..., bytes]``; for inference."""
     relu = common.relu_flag(activation)
-    if x.device.type == "cpu":
+    if _runs(weight.scale):
         return _ops.binary_linear_from_bits(x, weight.shape[1], weight.signs, weight.scale, weight.plan(), bias, relu)
     return reference.linear(reference.unpack_signs(x, weight.shape[1], weight.scale.dtype), weight, bias, relu=relu)
 
@@ -167,7 +167,7 @@ def binary_conv2d_to_bits(
 ) -> Tensor:  # fmt: skip
     """As :func:`binary_linear_to_bits`, from ``[N, C, H, W]`` or ``[N, H, W, bytes]`` to ``[N, Ho, Wo, bytes]``."""
     geometry, channels = (stride, padding, dilation, groups), weight.shape[1] * groups
-    if x.device.type == "cpu":
+    if _runs(x):
         return _ops.binary_conv2d_to_bits(
             x, channels, weight.signs, weight.plan(groups), thresholds, rising, weight.shape[2:], *geometry
         )
@@ -182,7 +182,7 @@ def binary_conv2d_from_bits(
 ) -> Tensor:  # fmt: skip
     """:func:`binary_conv2d` over packed activations ``x [N, H, W, bytes]``; for inference."""
     geometry, channels, relu = (stride, padding, dilation, groups), weight.shape[1] * groups, activation == "relu"
-    if x.device.type == "cpu":
+    if _runs(weight.scale):
         return _ops.binary_conv2d_from_bits(
             x, channels, weight.signs, weight.scale, weight.plan(groups), bias, weight.shape[2:], *geometry, relu
         )
@@ -206,7 +206,7 @@ def binary_thresholds(
     limit = weight.signs.new_full((rows,), math.prod(weight.shape[1:]), dtype=torch.int32)
 
     def values(dots: Tensor) -> Tensor:
-        if dots.device.type == "cpu":
+        if _runs(weight.scale):
             y = _ops.binary_scale_dots(dots[None], weight.scale, bias, relu)
         else:
             y = dots[None] * weight.scale + (0 if bias is None else bias)
@@ -228,6 +228,12 @@ def binary_thresholds(
         thresholds = torch.where(rising, high, low)
         thresholds = torch.where(constant, torch.where(first, -never, never), thresholds)
     return thresholds, rising | constant
+
+
+def _runs(tensor: Tensor) -> bool:
+    """Whether the operators over bits have kernels for these floats (or bits); else plain torch does their work."""
+    dtypes = common.KERNEL_DTYPES.get(tensor.device.type)
+    return dtypes is not None and (tensor.dtype in dtypes or not tensor.is_floating_point())
 
 
 def _unscaled(weight: Binary) -> Binary:
@@ -328,6 +334,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.geometry, ctx.binarize_input = geometry, binarize_input
 
 
+_linear_setup = _conv2d_setup = _setup
+
+
 def _binarized(ctx: Any, x: Tensor) -> Tensor:
     wide = x.to(common.sum_dtype(x.dtype))
     return reference.binarize(wide.detach()) if ctx.binarize_input else wide
@@ -358,7 +367,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, grad_scale, None, grad_bias, None, None
 
 
-torch.library.register_autograd("slimtorch::binary_linear", _linear_backward, setup_context=_setup)
+torch.library.register_autograd("slimtorch::binary_linear", _linear_backward, setup_context=_linear_setup)
 
 
 @once_differentiable  # the gradients are made of plain numbers
@@ -383,4 +392,4 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (grad_x, None, grad_scale, None, grad_bias, *[None] * 7)
 
 
-torch.library.register_autograd("slimtorch::binary_conv2d", _conv2d_backward, setup_context=_setup)
+torch.library.register_autograd("slimtorch::binary_conv2d", _conv2d_backward, setup_context=_conv2d_setup)
