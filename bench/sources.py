@@ -28,7 +28,7 @@ def kernel_families() -> list[str]:
 
 
 def kernel_digest(family: str) -> str:
-    """SHA-256 over what the CUDA kernels of a family are made of: its sources, the common ones, its binding and plan."""
+    """SHA-256 over what the CUDA kernels of a family are made of: its sources, the common ones, binding and plan."""
     entries = ["csrc/cuda/common"]
     if family != "common":
         bindings = (f"cuda_{family}.cpp", f"cuda_{family}_plan.cpp", f"cuda_{family}_plan.h", f"{family}_plan.h")
