@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -203,11 +204,13 @@ def kernels(library: Path) -> list[Kernel]:
     used = by_arch(_cuobjdump(library, "--dump-resource-usage"))
     if not used:
         raise ValueError(f"{library}: holds no machine code for a GPU")
-    code, elf = by_arch(_cuobjdump(library, "--dump-sass")), by_arch(_cuobjdump(library, "--dump-elf"))
     found: list[Kernel] = []
+    with ThreadPoolExecutor() as pool:  # disassembling is what takes long: all architectures side by side
+        sass = {arch: pool.submit(_cuobjdump, library, "--gpu-architecture", arch, "--dump-sass") for arch in used}
+        elf = by_arch(_cuobjdump(library, "--dump-elf"))
     for arch, text in used.items():
         resources = usage(text)
-        counts, bounds = opcodes(code.get(arch, "")), max_threads(elf.get(arch, ""))
+        counts, bounds = opcodes(sass[arch].result()), max_threads(elf.get(arch, ""))
         names = _demangled(list(resources))
         for mangled, numbers in resources.items():
             name = short_name(names[mangled])

@@ -28,8 +28,9 @@ def kernel_families() -> list[str]:
 
 
 def kernel_digest(family: str) -> str:
-    """SHA-256 over what the CUDA kernels of a family are made of: its sources, the common ones, its binding."""
+    """SHA-256 over what the CUDA kernels of a family are made of: its sources, the common ones, binding and plan."""
     entries = ["csrc/cuda/common"]
     if family != "common":
-        entries += [f"csrc/cuda/{family}", "csrc/bindings/cuda_common.h", f"csrc/bindings/cuda_{family}.cpp"]
+        bindings = (f"cuda_{family}.cpp", f"cuda_{family}_plan.cpp", f"cuda_{family}_plan.h", f"{family}_plan.h")
+        entries += [f"csrc/cuda/{family}", *(f"csrc/bindings/{name}" for name in ("cuda_common.h", *bindings))]
     return digest(entry for entry in entries if (ROOT / entry).exists())

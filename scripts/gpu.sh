@@ -120,7 +120,7 @@ workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(-n 4)
 pytest=("$python" -m pytest -q -p no:cacheprovider -m cuda)
 part intrinsics 60 "${pytest[@]}" tests/cuda/test_intrinsics.py --junitxml="$here/tests-intrinsics.xml"
-part tests 160 "${pytest[@]}" "${workers[@]}" tests/cuda tests/ops/test_cuda.py \
+part tests 160 "${pytest[@]}" "${workers[@]}" tests/cuda tests/ops/test_cuda.py tests/test_measure.py \
   --ignore=tests/cuda/test_intrinsics.py --junitxml="$here/tests-all.xml"
 part memcheck 60 bash -c 'sanitizer memcheck'
 part racecheck 60 bash -c 'sanitizer racecheck'
