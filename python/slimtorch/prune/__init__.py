@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pruning: masks for weights, blocks, rows and columns; removal of neurons and channels; schedules."""
 
+from slimtorch.prune import scratch
 from slimtorch.prune._verb import prune_
 from slimtorch.prune.importance import (
     L1,
@@ -59,5 +60,6 @@ __all__ = [
     "mask_like_",
     "masks",
     "prune_",
+    "scratch",
     "sparsity",
 ]
