@@ -359,7 +359,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) outer_kernel(co
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       if (kBuffers == 2 && s + 1 < kSteps) fragments(s + 1);
-      multiply<T>(d, a[s % kBuffers], b[s % kBuffers]);
+      multiply<T, false>(d, a[s % kBuffers], b[s % kBuffers]);
       if (kBuffers == 1 && s + 1 < kSteps) fragments(s + 1);
     }
     if (next < steps) loads.store(into);
