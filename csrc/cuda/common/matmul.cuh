@@ -110,6 +110,7 @@ struct IsTf32 : std::false_type {};
 template <class W>
 struct IsTf32<W, std::void_t<decltype(W::kTf32)>> : std::bool_constant<W::kTf32> {};
 
+template <class W, class = void>
 struct Skips : std::false_type {};
 template <class W>
 struct Skips<W, std::void_t<decltype(W::kSkips)>> : std::bool_constant<W::kSkips> {};
