@@ -182,7 +182,8 @@ __device__ __forceinline__ void multiply_row(float (&d)[kJ][4], const uint32_t (
 
 // d[i][j] += a[i] b[j].
 template <class T, int kI, int kJ>
-__device__ __forceinline__ void multiply(float (&d)[kI][kJ][4], const uint32_t (&a)[kI][4], const uint32_t (&b)[kJ][2]) {
+__device__ __forceinline__ void multiply(float (&d)[kI][kJ][4], const uint32_t (&a)[kI][4],
+                                         const uint32_t (&b)[kJ][2]) {
   const Factors<T, kJ> factors(b);
 #pragma unroll
   for (int i = 0; i < kI; ++i) multiply_row<T>(d[i], a[i], factors);
