@@ -2,6 +2,7 @@
 // torch.ops.slimtorch.block_sparse_* on CUDA tensors. Compiled by the host compiler; kernels are behind a header of plain
 // structs.
 #include "bindings/cuda_block_sparse.h"
+
 #include "bindings/cuda_common.h"
 
 namespace slim::cuda {
@@ -79,7 +80,17 @@ Tensor gradient(Call& call, const Tensor& x, const Activations& a, const Shape& 
   p.a = a;
   p.w = blocks_of(call, s, columns, row_offsets);
   p.grad_values = call.out(out);
-  call.check(block_sparse::grad_values_general(p, call.stream()));
+  if (!block_sparse::gradient_tiled(s)) {
+    call.check(block_sparse::grad_values_general(p, call.stream()));
+    return out;
+  }
+  const int splits = block_sparse::gradient_splits(a, s, call.info());
+  std::optional<Tensor> partial;
+  if (splits > 1) {
+    partial = workspace(x, splits * out.numel() * int64_t(sizeof(float)));
+    p.partial = static_cast<float*>(call.out(*partial));
+  }
+  call.check(block_sparse::grad_values_tiled(p, splits, call.stream()));
   return out;
 }
 
@@ -90,8 +101,7 @@ Tensor block_sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor row_o
   check_x(x, "x", false);
   Call call(x);
   check_values(values, x, columns);
-  const Shape s =
-      checked_shape(columns, row_offsets, rows, x.size(-1), values.size(1), values.size(2), 1, false);
+  const Shape s = checked_shape(columns, row_offsets, rows, x.size(-1), values.size(1), values.size(2), 1, false);
   x = as_contiguous(x);
   values = as_aligned(values);
   bias = checked_cuda_bias(bias, x, rows);
@@ -107,8 +117,7 @@ Tensor block_sparse_linear_grad_input(Tensor grad, Tensor values, Tensor columns
   check_x(grad, "grad", false);
   Call call(grad);
   check_values(values, grad, columns);
-  const Shape s =
-      checked_shape(columns, row_offsets, grad.size(-1), width, values.size(1), values.size(2), 1, true);
+  const Shape s = checked_shape(columns, row_offsets, grad.size(-1), width, values.size(1), values.size(2), 1, true);
   grad = as_contiguous(grad);
   values = as_aligned(values);
   std::vector<int64_t> sizes = sizes_of(grad);
@@ -126,8 +135,7 @@ Tensor block_sparse_linear_grad_values(Tensor grad, Tensor x, Tensor columns, Te
   STD_TORCH_CHECK(block_size.size() == 2, "block_size: expected two ints");
   Call call(x);
   const int64_t rows = grad.size(-1);
-  const Shape s =
-      checked_shape(columns, row_offsets, rows, x.size(-1), block_size[0], block_size[1], 1, false);
+  const Shape s = checked_shape(columns, row_offsets, rows, x.size(-1), block_size[0], block_size[1], 1, false);
   grad = as_contiguous(grad);
   x = as_contiguous(x);
   Activations a = with_gradient(call, x, grad, s);
@@ -160,8 +168,7 @@ Tensor block_sparse_conv2d_grad_columns(Tensor grad, Tensor values, Tensor colum
   Call call(grad);
   const ConvGeometry g = conv_geometry(grad, {1, 1}, {1, 1}, {0, 0}, {1, 1});
   check_values(values, grad, columns);
-  const Shape s =
-      checked_shape(columns, row_offsets, g.channels, width, values.size(1), values.size(2), groups, true);
+  const Shape s = checked_shape(columns, row_offsets, g.channels, width, values.size(1), values.size(2), groups, true);
   grad = as_contiguous(grad);
   values = as_aligned(values);
   Tensor out = like(grad, {g.batch, width * groups, g.height, g.width});

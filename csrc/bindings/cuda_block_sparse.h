@@ -8,8 +8,8 @@
 namespace slim::cuda::block_sparse {
 
 // Sizes checked so that no index of a kernel can leave its tensor, provided that the positions themselves are valid.
-inline Shape checked_shape(const Tensor& columns, const Tensor& row_offsets, int64_t rows, int64_t width, int64_t r, int64_t c,
-                    int64_t groups, bool transposed) {
+inline Shape checked_shape(const Tensor& columns, const Tensor& row_offsets, int64_t rows, int64_t width, int64_t r,
+                           int64_t c, int64_t groups, bool transposed) {
   STD_TORCH_CHECK(r > 0 && c > 0 && r <= 65535 && c <= 65535, "block_size: expected extents from 1 to 65535");
   STD_TORCH_CHECK(
       rows >= 0 && rows <= INT32_MAX && width >= 0 && groups > 0 && rows % groups == 0 && width <= INT32_MAX / groups,

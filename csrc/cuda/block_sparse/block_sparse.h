@@ -8,9 +8,9 @@
 
 namespace slim::cuda::block_sparse {
 
-constexpr int kCell = 16;   // rows that tensor cores multiply at once
-constexpr int kStep = 64;   // k that plans group, so that any step of the main loop is whole
-constexpr int kUnit = 8;    // values that offsets in plans count
+constexpr int kCell = 16;  // rows that tensor cores multiply at once
+constexpr int kStep = 64;  // k that plans group, so that any step of the main loop is whole
+constexpr int kUnit = 8;   // values that offsets in plans count
 
 // The sizes that decide how a weight is multiplied; host only.
 struct Shape {
@@ -50,9 +50,9 @@ struct Shape {
 
 // A weight [rows, width] in blocks, as the format stores it: block row after block row, block columns ascending.
 struct Blocks {
-  const void* values;          // [blocks, r, c] of the activations' type
-  const int32_t* columns;      // [blocks]
-  const int32_t* row_offsets;  // [ceil(rows / r) + 1]
+  const void* values;           // [blocks, r, c] of the activations' type
+  const int32_t* columns;       // [blocks]
+  const int32_t* row_offsets;   // [ceil(rows / r) + 1]
   int64_t blocks, rows, width;  // rows of all groups together; width: the depth of one group's sum
   int32_t r, c, groups;
 };
@@ -69,8 +69,9 @@ struct Product {
 // Gradient of the stored values: values[b, i, j] = sum over columns of y[row of i, column] * x[depth of j, column].
 struct Gradient {
   Activations a;
-  Blocks w;  // w.values is not read
+  Blocks w;           // w.values is not read
   void* grad_values;  // [blocks, r, c] of a.type
+  float* partial;     // [splits][blocks, r, c], or null
 };
 
 // How the tensor-core kernel is run: in which of its tiles (block_sparse_launch.cuh), and into how many shares its sums
@@ -87,5 +88,9 @@ Tiling choose_tiling(const Activations& a, const Shape& s, int64_t plan_words, c
 const char* product_tiled(const Product& p, const Shape& s, const Tiling& tiling, float* partial, void* stream);
 const char* product_general(const Product& p, void* stream);
 const char* grad_values_general(const Gradient& p, void* stream);
+// Blocks of 16 x 16 multiples; groups must not share block rows.
+bool gradient_tiled(const Shape& s);
+int gradient_splits(const Activations& a, const Shape& s, const DeviceInfo& device);
+const char* grad_values_tiled(const Gradient& p, int splits, void* stream);
 
 }  // namespace slim::cuda::block_sparse

@@ -172,7 +172,8 @@ __global__ void __launch_bounds__(kGeneralThreads) grad_values_kernel(const Grad
         for (int64_t column = lane; column < columns; column += kLanes) {
           Depth<T, true> x(p.a, column, row / rows_per_group);
           x.seek(k);
-          sum += x.value() * to_float(load_constant(grad + (column / pixels * w.rows + row) * pixels + column % pixels));
+          sum +=
+              x.value() * to_float(load_constant(grad + (column / pixels * w.rows + row) * pixels + column % pixels));
         }
       } else {
         const T* grad = static_cast<const T*>(p.a.y) + row;

@@ -20,8 +20,8 @@ const char* start(const Gradient& p, void* stream) {
   const int64_t per_block = kConv ? kGeneralThreads / kWarp : kGeneralThreads;
   const int64_t blocks = (p.w.blocks * p.w.r * p.w.c + per_block - 1) / per_block;
   const dim3 grid(unsigned(blocks < (1 << 30) ? blocks : 1 << 30));
-  return launch(grad_values_kernel<T, kConv>, {"block_sparse::grad_values_general", grid, dim3(kGeneralThreads), 0, stream},
-                p);
+  return launch(grad_values_kernel<T, kConv>,
+                {"block_sparse::grad_values_general", grid, dim3(kGeneralThreads), 0, stream}, p);
 }
 
 template <class Params>

@@ -24,8 +24,8 @@ namespace slim::cuda::block_sparse {
 struct TiledParams {
   Product product;  // for exact(); without a plan
   const int32_t *order, *offsets, *depths, *cells;
-  int64_t depth;            // of a group's sum
-  int64_t tiles;            // of the plan, which may be taller than the kernel's
+  int64_t depth;  // of a group's sum
+  int64_t tiles;  // of the plan, which may be taller than the kernel's
   int32_t tiles_per_group;
   int32_t cells_per_tile, parts, plan_steps;  // plan_steps: steps of the kernel in a step of the plan
 };
@@ -115,8 +115,8 @@ struct Weights {
         const int64_t first = k + (transposed_ ? line : in_line * (16 / kSize)), left = depth_ - first;
         int valid = ahead_[i][round] >= 0 ? 16 : 0;
         if (left < 16 / kSize) valid = left <= 0 ? 0 : transposed_ ? valid : valid ? int(left) * kSize : 0;
-        const unsigned char* from =
-            values_ + int64_t(ahead_[i][round]) * (kUnit * kSize) + int64_t(part_line(line)) * stride_ + part_byte(in_line);
+        const unsigned char* from = values_ + int64_t(ahead_[i][round]) * (kUnit * kSize) +
+                                    int64_t(part_line(line)) * stride_ + part_byte(in_line);
         copy_async<16>(stage + cell * kCellBytes + place(line, in_line), valid ? from : values_, valid);
       }
     }
@@ -153,8 +153,7 @@ struct Weights {
       for (int h = 0; h < 2; ++h)
 #pragma unroll
         for (int v = 0; v < 2; ++v)
-          a[2 * h + v] = *reinterpret_cast<const uint32_t*>(
-              cell + place(inner + 4 * h + t, 2 * v + g / 4) + g % 4 * 4);
+          a[2 * h + v] = *reinterpret_cast<const uint32_t*>(cell + place(inner + 4 * h + t, 2 * v + g / 4) + g % 4 * 4);
     } else {
       load_matrix(a, cell + place((matrix & 1) * 8 + in, inner / 4 + (matrix >> 1)));
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cuda/block_sparse/block_sparse_launch.cuh"
-
 #include <algorithm>
+
+#include "cuda/block_sparse/block_sparse_launch.cuh"
 
 namespace slim::cuda::block_sparse {
 
@@ -25,7 +25,8 @@ Tiling choose_tiling(const Activations& a, const Shape& s, int64_t plan_words, c
     wanted = processors;
   }
   const int64_t steps = s.slices(plan_words) * s.slice() / kStep / std::max<int64_t>(1, s.tiles());
-  if (2 * blocks <= wanted) t.splits = int(std::max<int64_t>(1, std::min<int64_t>({wanted / std::max<int64_t>(1, blocks), steps / 4, 16})));
+  if (2 * blocks <= wanted)
+    t.splits = int(std::max<int64_t>(1, std::min<int64_t>({wanted / std::max<int64_t>(1, blocks), steps / 4, 16})));
   return t;
 }
 

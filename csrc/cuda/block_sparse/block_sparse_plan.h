@@ -103,7 +103,8 @@ inline const char* build_plan(const Shape& s, const int32_t* columns, const int3
       for (int64_t k = 0; k < per_block; ++k)
         if (p * depth_extent + k * slice_depth < depth) depths.push_back(int32_t(p * depth_extent + k * slice_depth));
     }
-    while ((int64_t(depths.size()) - first) % per_step) depths.push_back(int32_t((depth + 15) / 16 * 16));  // beyond the edge: zeros
+    while ((int64_t(depths.size()) - first) % per_step)
+      depths.push_back(int32_t((depth + 15) / 16 * 16));  // beyond the edge: zeros
     if (int64_t(depths.size()) > INT32_MAX) return "too many blocks for a plan";
     starts[size_t(tile + 1)] = int32_t(depths.size() / per_step);
     cells.resize(depths.size() * size_t(per_tile), -1);
