@@ -12,8 +12,7 @@ namespace slim::cuda::codebook {
 inline Weight checked_sizes(int64_t codes, int64_t rows, int64_t width, int64_t bits, int64_t group_size,
                             int64_t groups) {
   STD_TORCH_CHECK(bits >= 1 && bits <= 8, "bits: expected 1 to 8");
-  STD_TORCH_CHECK(group_size >= kTablePerRow,
-                  "group_size: expected 0 (one table), -1 (a table per row) or a size");
+  STD_TORCH_CHECK(group_size >= kTablePerRow, "group_size: expected 0 (one table), -1 (a table per row) or a size");
   STD_TORCH_CHECK(rows >= 0 && width >= 0 && rows <= INT32_MAX && width <= INT32_MAX / std::max<int64_t>(1, rows),
                   "rows: expected fewer than 2**31 weights");
   STD_TORCH_CHECK(groups > 0 && groups <= INT32_MAX && rows % groups == 0, "groups: expected a divisor of the rows");
@@ -25,15 +24,16 @@ inline Weight checked_sizes(int64_t codes, int64_t rows, int64_t width, int64_t 
   w.group_size = group_size;
   w.table_count = group_size == kOneTable      ? 1
                   : group_size == kTablePerRow ? rows
-                                                         : (width + group_size - 1) / group_size;
+                                               : (width + group_size - 1) / group_size;
   w.bits = int32_t(bits);
   w.groups = int32_t(groups);
   return w;
 }
 
 inline Tensor plan(Tensor codes, int64_t rows, int64_t width, int64_t bits, int64_t groups) {
-  STD_TORCH_CHECK(codes.is_cpu() && codes.scalar_type() == ScalarType::Byte && codes.dim() == 1 && codes.is_contiguous(),
-                  "codes: expected contiguous bytes on the CPU");
+  STD_TORCH_CHECK(
+      codes.is_cpu() && codes.scalar_type() == ScalarType::Byte && codes.dim() == 1 && codes.is_contiguous(),
+      "codes: expected contiguous bytes on the CPU");
   checked_sizes(codes.numel(), rows, width, bits, kOneTable, groups);
   Tensor plan = like(codes, {plan_bytes(rows, width, bits, groups)});
   build_plan(static_cast<const uint8_t*>(codes.const_data_ptr()), codes.numel(), rows, width, int(bits), groups,

@@ -50,7 +50,8 @@ class Weights {
     if (given) {
       STD_TORCH_CHECK(given->scalar_type() == ScalarType::Byte && given->dim() == 1 && given->is_contiguous(),
                       "plan: expected contiguous bytes made by binary_plan");
-      STD_TORCH_CHECK(given->numel() == plan_bytes(s, kind), "plan: made for a matrix of other sizes, or another kernel");
+      STD_TORCH_CHECK(given->numel() == plan_bytes(s, kind),
+                      "plan: made for a matrix of other sizes, or another kernel");
       plan_ = as_aligned(*given);
       data_ = call.in_bytes(*plan_, "plan");
     } else {
@@ -263,8 +264,8 @@ Tensor binary_linear(Tensor x, Tensor signs, Tensor scale, Maybe plan, Maybe bia
   return y;
 }
 
-Tensor binary_conv2d(Tensor x, Tensor signs, Tensor scale, Maybe plan, Maybe bias, Ints kernel, Ints stride, Ints padding,
-                     Ints dilation, int64_t groups, bool binarize_input, bool relu) {
+Tensor binary_conv2d(Tensor x, Tensor signs, Tensor scale, Maybe plan, Maybe bias, Ints kernel, Ints stride,
+                     Ints padding, Ints dilation, int64_t groups, bool binarize_input, bool relu) {
   cuda_dtype(x, "x");
   const ConvGeometry g = conv_geometry(x, kernel, stride, padding, dilation);
   Call call(x);
@@ -304,8 +305,8 @@ Tensor binary_linear_from_bits(Tensor x, int64_t width, Tensor signs, Tensor sca
   return y;
 }
 
-Tensor binary_conv2d_from_bits(Tensor x, int64_t channels, Tensor signs, Tensor scale, Maybe plan, Maybe bias, Ints kernel,
-                               Ints stride, Ints padding, Ints dilation, int64_t groups, bool relu) {
+Tensor binary_conv2d_from_bits(Tensor x, int64_t channels, Tensor signs, Tensor scale, Maybe plan, Maybe bias,
+                               Ints kernel, Ints stride, Ints padding, Ints dilation, int64_t groups, bool relu) {
   check_bits(x, 4, channels);
   const ConvGeometry g = geometry_of(x, channels, kernel, stride, padding, dilation);
   Call call(x);

@@ -70,8 +70,8 @@ Tensor codebook_conv2d(Tensor x, Tensor codebook, Tensor codes, std::optional<Te
   codebook = as_contiguous(codebook);
   if (plan) plan = as_aligned(*plan);
   bias = checked_cuda_bias(bias, x, rows);
-  codebook::Weight w = weight_of(call, &codebook, codes, rows, g.channels / groups * g.kernel_h * g.kernel_w, bits,
-                                 group_size, groups);
+  codebook::Weight w =
+      weight_of(call, &codebook, codes, rows, g.channels / groups * g.kernel_h * g.kernel_w, bits, group_size, groups);
   use_plan(call, plan, w);
   Tensor y = like(x, {g.batch, rows, g.out_h, g.out_w});
   run(call, x, conv2d(call, x, y, g, rows, groups, bias, relu), w);

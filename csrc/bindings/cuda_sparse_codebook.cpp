@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // torch.ops.slimtorch.sparse_codebook_* on CUDA tensors.
 #include "bindings/cuda_common.h"
-#include "cuda/sparse_codebook/codes_plan.h"
 #include "cuda/sparse_codebook/sparse_codebook.h"
+#include "cuda/sparse_codebook/sparse_codebook_plan.h"
 
 namespace slim::cuda {
 
@@ -16,7 +16,10 @@ struct Stored {
 
   // Positions alone.
   Stored(Call& call, const Tensor& given_gaps, const Tensor& given_offsets, int64_t width)
-      : codebook(given_gaps), codes(given_gaps), gaps(as_aligned(given_gaps)), row_offsets(as_contiguous(given_offsets)) {
+      : codebook(given_gaps),
+        codes(given_gaps),
+        gaps(as_aligned(given_gaps)),
+        row_offsets(as_contiguous(given_offsets)) {
     STD_TORCH_CHECK(gaps.dim() == 1 && row_offsets.dim() == 1 && row_offsets.numel() > 0,
                     "gaps, row_offsets: expected 1-D tensors, an offset at least");
     w.gaps = call.in_bytes(gaps, "gaps");
@@ -85,8 +88,8 @@ sparse_codebook::Csr csr_of(const Stored& stored, DType type, int32_t* offsets) 
 // Offsets of the compressed sparse rows.
 Tensor csr_offsets(Call& call, const Stored& stored) {
   Tensor offsets = torch::stable::new_empty(stored.gaps, {stored.w.rows + 1}, ScalarType::Int);
-  call.check(sparse_codebook::offsets(csr_of(stored, DType::f32, static_cast<int32_t*>(call.out(offsets))),
-                                      call.stream()));
+  call.check(
+      sparse_codebook::offsets(csr_of(stored, DType::f32, static_cast<int32_t*>(call.out(offsets))), call.stream()));
   return offsets;
 }
 

@@ -2,7 +2,7 @@
 // The plan that the CUDA kernels of sparse_codebook want, made on the CPU: plain C++, in every build.
 #include "bindings/common.h"
 #include "bindings/families.h"
-#include "cuda/sparse_codebook/codes_plan.h"
+#include "cuda/sparse_codebook/sparse_codebook_plan.h"
 
 namespace slim::cuda {
 
@@ -17,7 +17,8 @@ const T* host_data(const Tensor& t, const char* name, ScalarType type) {
 
 }  // namespace
 
-Tensor sparse_codebook_plan(Tensor codes, Tensor gaps, Tensor row_offsets, int64_t width, int64_t groups, int64_t bits) {
+Tensor sparse_codebook_plan(Tensor codes, Tensor gaps, Tensor row_offsets, int64_t width, int64_t groups,
+                            int64_t bits) {
   sparse_codebook::Stream s{};
   s.gaps = host_data<uint8_t>(gaps, "gaps", ScalarType::Byte);
   s.codes = host_data<uint8_t>(codes, "codes", ScalarType::Byte);

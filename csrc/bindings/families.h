@@ -103,6 +103,8 @@ Tensor conv2d(Tensor x, SLIM_STORED, SLIM_OPT plan, SLIM_OPT columns, SLIM_OPT o
 
 // Plans for the kernels on CUDA tensors, made of CPU tensors.
 namespace slim::cuda {
+Tensor block_sparse_plan(Tensor columns, Tensor row_offsets, SLIM_INTS block_size, int64_t rows, int64_t width,
+                         int64_t groups, bool transposed);
 Tensor sparse_codebook_plan(Tensor codes, Tensor gaps, Tensor row_offsets, int64_t width, int64_t groups, int64_t bits);
 }  // namespace slim::cuda
 
@@ -127,10 +129,23 @@ Tensor sparse_conv2d_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor r
 
 Tensor block_sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, SLIM_OPT plan,
                            SLIM_OPT backward_plan, SLIM_OPT bias, int64_t rows, bool relu);
+Tensor block_sparse_linear_grad_input(Tensor grad, Tensor values, Tensor columns, Tensor row_offsets,
+                                      SLIM_OPT backward_plan, int64_t width);
+Tensor block_sparse_linear_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor row_offsets, SLIM_OPT plan,
+                                       SLIM_INTS block_size);
+Tensor block_sparse_conv2d(Tensor x, Tensor values, Tensor columns, Tensor row_offsets, SLIM_OPT plan,
+                           SLIM_OPT backward_plan, SLIM_OPT bias, int64_t rows, SLIM_INTS kernel, SLIM_INTS stride,
+                           SLIM_INTS padding, SLIM_INTS dilation, int64_t groups, bool relu);
+Tensor block_sparse_conv2d_grad_columns(Tensor grad, Tensor values, Tensor columns, Tensor row_offsets,
+                                        SLIM_OPT backward_plan, int64_t width, int64_t groups);
+Tensor block_sparse_conv2d_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor row_offsets, SLIM_OPT plan,
+                                       SLIM_INTS block_size, SLIM_INTS kernel, SLIM_INTS stride, SLIM_INTS padding,
+                                       SLIM_INTS dilation, int64_t groups);
 
 // As in slim::binary; plans are made on the device, of kind 0 or 1 (floats of any of its dtypes).
 Tensor binary_plan(Tensor signs, int64_t rows, int64_t channels, SLIM_INTS kernel, int64_t groups, int64_t kind);
-Tensor binary_linear(Tensor x, Tensor signs, Tensor scale, SLIM_OPT plan, SLIM_OPT bias, bool binarize_input, bool relu);
+Tensor binary_linear(Tensor x, Tensor signs, Tensor scale, SLIM_OPT plan, SLIM_OPT bias, bool binarize_input,
+                     bool relu);
 Tensor binary_conv2d(Tensor x, Tensor signs, Tensor scale, SLIM_OPT plan, SLIM_OPT bias, SLIM_INTS kernel,
                      SLIM_INTS stride, SLIM_INTS padding, SLIM_INTS dilation, int64_t groups, bool binarize_input,
                      bool relu);

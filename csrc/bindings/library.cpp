@@ -52,6 +52,9 @@ STABLE_TORCH_LIBRARY(SLIM_LIBRARY, m) {
   m.def("block_sparse_conv2d_grad_values(Tensor grad, Tensor x, Tensor columns, Tensor row_offsets, Tensor? plan, "
         "int[] block_size, " GEOMETRY ") -> Tensor");
 
+  m.def("block_sparse_cuda_plan(Tensor columns, Tensor row_offsets, int[] block_size, int rows, int width, int groups, "
+        "bool transposed) -> Tensor");
+
   m.def("binary_plan(Tensor signs, int rows, int channels, int[] kernel, int groups, int kind) -> Tensor");
   SLIM_DEF("binary_linear", "(Tensor x, " SIGNS ", Tensor? bias, bool binarize_input, bool relu) -> Tensor");
   SLIM_DEF("binary_conv2d",
@@ -155,6 +158,11 @@ STABLE_TORCH_LIBRARY_IMPL(SLIM_LIBRARY, SLIM_CUDA_KEY, m) {
   m.impl("sparse_conv2d_grad_values", TORCH_BOX(&slim::cuda::sparse_conv2d_grad_values));
 
   SLIM_IMPL("block_sparse_linear", slim::cuda::block_sparse_linear);
+  m.impl("block_sparse_linear_grad_input", TORCH_BOX(&slim::cuda::block_sparse_linear_grad_input));
+  m.impl("block_sparse_linear_grad_values", TORCH_BOX(&slim::cuda::block_sparse_linear_grad_values));
+  SLIM_IMPL("block_sparse_conv2d", slim::cuda::block_sparse_conv2d);
+  m.impl("block_sparse_conv2d_grad_columns", TORCH_BOX(&slim::cuda::block_sparse_conv2d_grad_columns));
+  m.impl("block_sparse_conv2d_grad_values", TORCH_BOX(&slim::cuda::block_sparse_conv2d_grad_values));
 
   m.impl("binary_plan", TORCH_BOX(&slim::cuda::binary_plan));
   SLIM_IMPL("binary_linear", slim::cuda::binary_linear);
@@ -181,6 +189,7 @@ STABLE_TORCH_LIBRARY_IMPL(SLIM_LIBRARY, SLIM_CUDA_KEY, m) {
 // What CUDA kernels want precomputed is made on the CPU, by builds without CUDA too.
 STABLE_TORCH_LIBRARY_IMPL(SLIM_LIBRARY, CPU, m) {
   m.impl("sparse_cuda_plan", TORCH_BOX(&slim::cuda::sparse_plan));
+  m.impl("block_sparse_cuda_plan", TORCH_BOX(&slim::cuda::block_sparse_plan));
   m.impl("codebook_cuda_plan", TORCH_BOX(&slim::cuda::codebook::plan));
   m.impl("sparse_codebook_cuda_plan", TORCH_BOX(&slim::cuda::sparse_codebook_plan));
 }

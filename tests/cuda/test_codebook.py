@@ -59,7 +59,7 @@ def check(device: Device, x: Tensor, weight: Codebook, bias: Tensor | None = Non
     y = forward(device, x, weight, bias, **options)
     assert y.dtype == x.dtype
     shape = {k: v for k, v in options.items() if k != "plan"}
-    dense, wide, wide_bias = weight.to_dense().double(), x.double(), None if bias is None else bias.double()
+    dense, wide, wide_bias = weight.to_dense().double(), x.cpu().double(), None if bias is None else bias.double()
     exact = product(wide, dense, wide_bias, **shape)
     magnitude = product(wide.abs(), dense.abs(), None if wide_bias is None else wide_bias.abs(), **shape)
     terms = math.prod(weight.shape[1:]) + 1
@@ -157,6 +157,23 @@ def test_split_sums(device: Device, bits: int, dtype: torch.dtype) -> None:
     check(device, random(1, 64, 4, 4, dtype=dtype), weight, random(20, dtype=dtype), padding=(1, 1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_few_rows_of_x(device: Device, bits: int, dtype: torch.dtype) -> None:
+    # A kernel of its own: 32 rows a block, 16 warps with rings of 4 slabs of 64 columns.
+    for i, (m, n, k) in enumerate(((1, 1, 8), (8, 16, 64), (3, 17, 72), (9, 32, 1032), (16, 33, 136), (2, 65, 4232),
+                                   (16, 20, 8264), (7, 48, 4096))):  # fmt: skip
+        weight = make((n, k), bits, dtype=dtype, zero=i % 2 == 0, seed=i)
+        x, bias = random(m, k, dtype=dtype, seed=i), random(n, dtype=dtype) if i % 3 else None
+        plain = check(device, x, weight, bias)
+        assert torch.equal(forward(device, x, weight, bias, relu=True), plain.relu())
+        if k < 1000:  # without a plan, or not aligned, another kernel
+            check(device, x, weight, bias, plan=False)
+            moved = device.move(random(m * k + 1, dtype=dtype, seed=i))[1:].view(m, k)
+            check(device, moved, weight, bias)
+    assert forward(device, random(0, 64, dtype=dtype), make((9, 64), bits, dtype=dtype)).shape == (0, 9)
+
+
 @each_dtype
 def test_tables_larger_than_shared_memory(device: Device, dtype: torch.dtype) -> None:
     check(device, random(5, 1100, dtype=dtype), make((9, 1100), 8, 16, dtype=dtype))
@@ -198,9 +215,9 @@ def test_nothing(device: Device, group_size: GroupSize, dtype: torch.dtype) -> N
 @each_bits
 @pytest.mark.parametrize("m", [1, 16, 70])
 def test_not_finite(device: Device, m: int, bits: int, dtype: torch.dtype) -> None:
-    weight = make((19, 70), bits, dtype=dtype)
-    for column, value in ((0, math.nan), (31, math.inf), (69, -math.inf)):
-        x = random(m, 70, dtype=dtype)
+    for width, column, value in ((70, 0, math.nan), (72, 31, math.inf), (72, 69, -math.inf), (70, 69, math.nan)):
+        weight = make((19, width), bits, dtype=dtype)
+        x = random(m, width, dtype=dtype)
         x[m // 2, column] = value
         y, expected = forward(device, x, weight), product(x.double(), weight.to_dense().double())
         assert torch.equal(y.isnan(), expected.isnan())
@@ -213,23 +230,24 @@ def test_not_finite(device: Device, m: int, bits: int, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("group_size", [None, "row", 16, 5], ids=str)
 def test_tables_that_are_not_finite(device: Device, group_size: GroupSize, dtype: torch.dtype) -> None:
     # Entry 0 is what padding would look up: only weights that have it may meet it.
-    for bits, m in itertools.product((2, 4, 6), (3, 70)):
-        weight = make((21, 71), bits, group_size, dtype=dtype)
-        weight = Codebook.from_indices(weight.codebook, weight.indices().clamp(min=1), (21, 71), group_size)
+    for bits, (m, width) in itertools.product((2, 4, 6), ((3, 71), (3, 72), (70, 71))):
+        weight = make((21, width), bits, group_size, dtype=dtype)
+        weight = Codebook.from_indices(weight.codebook, weight.indices().clamp(min=1), (21, width), group_size)
         weight.codebook[:, 0] = math.nan
-        x = random(m, 71, dtype=dtype)
+        x = random(m, width, dtype=dtype)
         assert not forward(device, x, weight).isnan().any()
         met = weight.indices()
         met[5, 70] = 0
-        weight = Codebook.from_indices(weight.codebook, met, (21, 71), group_size)
+        weight = Codebook.from_indices(weight.codebook, met, (21, width), group_size)
         expected = torch.zeros(m, 21, dtype=torch.bool)
         expected[:, 5] = True
         assert torch.equal(forward(device, x, weight).isnan(), expected)
 
 
 def test_same_bits_twice(device: Device) -> None:
-    weight, x = make((40, 2100), dtype=torch.float16), random(7, 2100, dtype=torch.float16)
-    assert torch.equal(forward(device, x, weight), forward(device, x, weight))
+    for width in (2100, 2104):
+        weight, x = make((40, width), dtype=torch.float16), random(7, width, dtype=torch.float16)
+        assert torch.equal(forward(device, x, weight), forward(device, x, weight))
     grad = device.move(random(300, 400))
     codes = device.move(make((300, 400), 4).codes)
     sums = [device.ops.codebook_sum_members(grad, codes, 4, 0, False).cpu() for _ in range(2)]

@@ -38,9 +38,9 @@ LINEAR = (
     LinearProblem("deep_wide", 40, 20, 700, 0.4, seed=13),
 )
 CONV_NAMES = (
-    "map1", "map7", "pointwise_map8", "pointwise_map7", "c_out17", "batch0", "batch3", "stride2_padded", "pointwise_stride2",
-    "pointwise_padded", "dilation3x1", "kernel7x1", "groups2", "depthwise", "pointwise_groups3", "all", "density0",
-    "pointwise_density100", "empty_rows",
+    "map1", "map7", "pointwise_map8", "pointwise_map7", "c_out17", "batch0", "batch3", "stride2_padded",
+    "pointwise_stride2", "pointwise_padded", "dilation3x1", "kernel7x1", "groups2", "depthwise", "pointwise_groups3",
+    "all", "density0", "pointwise_density100", "empty_rows",
 )  # fmt: skip
 CONV = tuple(p for p in EDGE_CONV if p.name in CONV_NAMES)
 
@@ -67,8 +67,8 @@ def test_conv2d(problem: ConvProblem, dtype: torch.dtype, device: Device, wrappe
     operators.check_forward(x, weight, bias, **operators.geometry(problem))
 
 
-# Each forward kernel by itself, whatever the heuristics would choose: values packed beforehand, packed in the call (many
-# columns), by rows, and by rows without any plan.
+# Each forward kernel by itself, whatever the heuristics would choose: values packed beforehand, packed in the call
+# (many columns), by rows, and by rows without any plan.
 @pytest.mark.parametrize("given", ["packed", "plan", "nothing"])
 @pytest.mark.parametrize("dtype", DTYPES, **IDS)
 @pytest.mark.parametrize("m", [1, 2, 7, 8, 9, 31, 33, 70])
@@ -96,8 +96,8 @@ def test_conv2d_kernels(size: int, dtype: torch.dtype, given: str, device: Devic
     plan = None if given == "nothing" else plan_of(weight, device, 2)
     packed = device.ops.sparse_pack_values(weight.values, plan) if given == "packed" else None
     y = device.ops.sparse_conv2d_inference(
-        x, weight.values, weight.columns, weight.row_offsets, plan, None, packed, bias, [3, 3], [1, 1], [1, 1], [1, 1], 2,
-        True,
+        x, weight.values, weight.columns, weight.row_offsets, plan, None, packed, bias,
+        [3, 3], [1, 1], [1, 1], [1, 1], 2, True,
     )  # fmt: skip
     check(y, x, weight, bias, **operators.geometry(problem))
 
@@ -125,11 +125,18 @@ def test_few_rows_of_a_deep_weight(device: Device) -> None:
 
 
 def test_rows_that_fill_a_device(device: Device) -> None:
-    """Enough tiles for eight rows a warp, and more than 32 weights of a row in one panel."""
-    problem = LinearProblem("", 65, 64 * 67, 5, 0.6, seed=3)
+    """Enough tiles for six rows a warp, and more than 32 weights of a row in one panel."""
+    n = 64 * 67
+    x, weight, bias = tensors(LinearProblem("", 65, n, 70, 0.6, seed=3), torch.float32, device)
+    stored = (weight.values, weight.columns, weight.row_offsets)
+    check(device.ops.sparse_linear(x, *stored, None, None, None, bias, True), x, weight, bias)
+    problem = ConvProblem("", 1, 2, n, 9, 8, padding=(1, 1), density=0.5, seed=4)
     x, weight, bias = tensors(problem, torch.float32, device)
-    check(device.ops.sparse_linear(x, weight.values, weight.columns, weight.row_offsets, None, None, None, bias, True),
-          x, weight, bias)  # fmt: skip
+    stored = (weight.values, weight.columns, weight.row_offsets)
+    y = device.ops.sparse_conv2d(
+        x, *stored, None, None, None, bias, [3, 3], [1, 1], [1, 1], [1, 1], 1, True
+    )  # fmt: skip
+    check(y, x, weight, bias, **operators.geometry(problem))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, **IDS)

@@ -34,12 +34,16 @@ struct Weights {
     return at < slabs_ ? int64_t(slabs_ - 1 - at) * 16 : stride_;
   }
   __device__ void load(unsigned char* stage, int step) {
-    constexpr int kChunks = Tile::kDepth / kPer;
-    for (int i = int(threadIdx.x); i < Tile::kRows * kChunks; i += Tile::kThreads) {
-      const int row = i / kChunks, k = i % kChunks * kPer;
-      const int64_t at = kKind == 2 ? depth(step, k / 16) + k % 16 : depth(step) + k;
-      const bool in = row < rows_ && at < stride_;
-      copy_async<16>(stage + row * kLine + k * kSize, in ? w_ + row * stride_ + at : w_, in ? 16 : 0);
+    constexpr int kChunks = Tile::kDepth / kPer, kAtOnce = Tile::kThreads / kChunks;
+    const int k = int(threadIdx.x) % kChunks * kPer, first = int(threadIdx.x) / kChunks;
+    const int64_t at = kKind == 2 ? depth(step, k / 16) + k % 16 : depth(step) + k;
+    const int rows = at < stride_ ? rows_ : 0;
+    const T* from = w_ + first * stride_ + at;
+#pragma unroll
+    for (int i = 0; i < Tile::kRows / kAtOnce; ++i) {
+      const int row = first + i * kAtOnce;
+      copy_async<16>(stage + row * kLine + k * kSize, from, row < rows ? 16 : 0);
+      from += kAtOnce * stride_;
     }
   }
   __device__ void expand(unsigned char* stage, int) {

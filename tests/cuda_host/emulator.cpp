@@ -758,7 +758,7 @@ const char* run(const char* name, const void* kernel, dim3 grid, dim3 block, int
   g.name = name;
   g.body = body;
   g.context = context;
-  g.launcher = {uintptr_t(stack_top) - 1024, uintptr_t(stack_top) + 8192, false};
+  g.launcher = {uintptr_t(stack_top) - 65536, uintptr_t(stack_top) + 65536, false};
   g.failed = false;
   g.threads = int(threads);
   g.warps = int(threads / kWarp);

@@ -623,7 +623,7 @@ def test_layer_that_is_not_run_is_noted() -> None:
         ({"ratio": 1.0}, ValueError),
         ({"ratio": -0.1}, ValueError),
         ({"ratio": "half"}, TypeError),
-        ({"importance": "magnitude"}, ValueError),
+        ({"importance": "beauty"}, ValueError),
         ({"importance": 3}, TypeError),
         ({"importance": L1}, TypeError),
         ({"scope": "all"}, ValueError),

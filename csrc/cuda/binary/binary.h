@@ -98,11 +98,11 @@ const char* scale_dots(const ScaleParams& p, void* stream);
 // ---- sign x sign -----------------------------------------------------------------------------------------------------
 
 struct ProductParams {
-  DType type;              // of y, scale and bias
-  const uint8_t* weights;  // [rows][row_bytes]
-  const int32_t* border;   // see Layout
-  const uint8_t* bits;     // see above
-  const int32_t* sums;     // ones in each column of a linear layer, in each group of each pixel of a convolution
+  DType type;                // of y, scale and bias
+  const uint8_t* weights;    // [rows][row_bytes]
+  const int32_t* border;     // see Layout
+  const uint8_t* bits;       // see above
+  const int32_t* sums;       // ones in each column of a linear layer, in each group of each pixel of a convolution
   const void *scale, *bias;  // [rows]; bias may be null
   void* y;                   // linear [columns, rows], conv [batch, rows, out_h, out_w]; or null for bits:
   bool relu;
@@ -111,7 +111,7 @@ struct ProductParams {
   const uint8_t* rising;
   uint32_t* out_bits;  // [columns][out_words] 32-bit words
   int64_t out_words;
-  bool shared_words;  // rows of two groups meet in a word: see shares_words
+  bool shared_words;                 // rows of two groups meet in a word: see shares_words
   unsigned row_tiles, column_tiles;  // of a group; the launcher's affair
   bool conv;
   int64_t rows, groups, columns;  // rows of all groups

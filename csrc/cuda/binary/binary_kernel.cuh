@@ -53,8 +53,8 @@ struct SignTile {
 
 // Of a column: what the kernel must know of its window and of its place in the output.
 struct alignas(16) Window {
-  int32_t h, w;    // of the first tap; may lie outside
-  int64_t image;   // bytes from `bits` to this group of the image's first pixel
+  int32_t h, w;   // of the first tap; may lie outside
+  int64_t image;  // bytes from `bits` to this group of the image's first pixel
 };
 struct alignas(16) Corners {
   int32_t a, b, c, d;  // entries of border: (r0, s0), (r0, s1), (r1, s0), (r1, s1) of the taps inside
@@ -133,7 +133,8 @@ __device__ __forceinline__ void load_weights(const ProductParams& p, unsigned ch
 }
 
 // Where tap `tap` of a column's window lies, or null if it is outside.
-__device__ __forceinline__ const uint8_t* tap_of(const ProductParams& p, const Window& window, int dh, int dw, int64_t offset) {
+__device__ __forceinline__ const uint8_t* tap_of(const ProductParams& p, const Window& window, int dh, int dw,
+                                                 int64_t offset) {
   const int h = window.h + dh, w = window.w + dw;
   if (unsigned(h) >= unsigned(p.geometry.height) || unsigned(w) >= unsigned(p.geometry.width)) return nullptr;
   return p.bits + window.image + (int64_t(h) * p.geometry.width + w) * p.column_bytes + offset;
@@ -257,8 +258,8 @@ __device__ __forceinline__ Corners corners_of(const unsigned char* shared, int c
 
 // Four rows of a column at a time. first: of the tile, in all rows; count: rows of it that there are.
 template <class Tile>
-__device__ __forceinline__ void write_rows(const ProductParams& p, const unsigned char* shared, int64_t first, int64_t count,
-                                           int64_t column0) {
+__device__ __forceinline__ void write_rows(const ProductParams& p, const unsigned char* shared, int64_t first,
+                                           int64_t count, int64_t column0) {
   constexpr int kQuads = Tile::kRows / 4;
   const int row = int(threadIdx.x) % kQuads * 4;
   const bool whole = p.rows % 4 == 0 && reinterpret_cast<uintptr_t>(p.y) % 16 == 0;

@@ -18,7 +18,7 @@ Choice choose(int64_t group_rows, int64_t groups, int64_t columns, const DeviceI
   const int64_t large = (group_rows + 127) / 128 * ((columns + 255) / 256) * groups;
   const bool filled = 4 * large >= 3 * int64_t(device.multiprocessors);
   return filled && group_rows > 64 && Shared<Large>::kConvBytes <= device.shared_per_block ? Choice::large
-                                                                                          : Choice::medium;
+                                                                                           : Choice::medium;
 }
 
 template <bool kConv, class Tile>

@@ -28,7 +28,7 @@ struct Weight {
   const unsigned char* plan;  // or null: then the kernels bring the codes into order themselves
   const uint8_t* codes;       // [bytes] entry r * width + c occupies bits [entry * bits, (entry + 1) * bits)
   int64_t bytes;
-  const void* tables;  // [tables, 2**bits] of the dtype of x; null in sum_members
+  const void* tables;   // [tables, 2**bits] of the dtype of x; null in sum_members
   int64_t rows, width;  // of all groups together; of one row
   int64_t group_size;
   int64_t table_count;
@@ -44,6 +44,11 @@ constexpr int64_t plan_bytes(int64_t rows, int64_t width, int64_t bits, int64_t 
 }
 
 // The launchers return null, or what is wrong; `stream` is a cudaStream_t.
+
+// Shared memory of the kernel for few columns (codebook_few.cuh): its pair table and four slabs of x for each of 16 warps.
+constexpr int64_t few_columns_shared(int bits, int64_t columns) {
+  return (int64_t(128) << 2 * bits) + 16 * 4 * (columns <= 8 ? 8 : 16) * kSlab * 2;
+}
 
 // How a product is computed (codebook_heuristics.h); into how many shares its sums are cut.
 struct Choice;

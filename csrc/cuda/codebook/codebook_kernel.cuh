@@ -79,7 +79,7 @@ constexpr int sum_warps(int bits) { return bits <= 5 ? kSumWarps : kSumWarps >> 
 
 // Grid: x over chunks, y over tables (striding).
 template <class T>
-__global__ void __launch_bounds__(kSumWarps * kWarp) sum_kernel(const SumParams p) {
+__global__ void __launch_bounds__(kSumWarps* kWarp) sum_kernel(const SumParams p) {
   const int entries = 1 << p.w.bits, warps = int(blockDim.x) / kWarp, lane = int(threadIdx.x) % kWarp;
   float* const all = reinterpret_cast<float*>(dynamic_shared());
   float* const sums = all + int(threadIdx.x) / kWarp * entries * kWarp + lane;
@@ -169,8 +169,7 @@ __global__ void __launch_bounds__(kPixels) few_rows_kernel(const FewRowsParams p
       const int count = int(p.a.k - k0 < kTaps ? p.a.k - k0 : kTaps);
       if (int(threadIdx.x) < count) {
         const int64_t k = k0 + threadIdx.x;
-        const int code =
-            int(stream_bits(p.w.codes, p.w.bytes, (row * p.w.width + k) * p.w.bits, p.w.bits));
+        const int code = int(stream_bits(p.w.codes, p.w.bytes, (row * p.w.width + k) * p.w.bits, p.w.bits));
         const uint32_t of_kernel = uint32_t(g.kernel_h * g.kernel_w), kernel_w = uint32_t(g.kernel_w);
         const uint32_t channel = uint32_t(k) / of_kernel, rest = uint32_t(k) - channel * of_kernel;
         taps[threadIdx.x] = {to_float(load_constant(static_cast<const T*>(p.w.tables) + table_of(p.w, row, k) + code)),

@@ -55,16 +55,15 @@ const char* sum_members(const Weight& w, DType type, const void* grad, bool zero
   const int warps = sum_warps(w.bits), shared = (warps * kWarp * 4) << w.bits;
   return with_type(type, [&](auto t) {
     using T = typename decltype(t)::type;
-    const char* const error = launch(
-        sum_kernel<T>,
-        {"codebook::sum_members", dim3(unsigned(chunks), at_most(w.table_count, 65535)), dim3(unsigned(warps * kWarp)),
-         shared, stream},
-        SumParams{w, grad, partial, chunks});
+    const char* const error = launch(sum_kernel<T>,
+                                     {"codebook::sum_members", dim3(unsigned(chunks), at_most(w.table_count, 65535)),
+                                      dim3(unsigned(warps * kWarp)), shared, stream},
+                                     SumParams{w, grad, partial, chunks});
     if (error) return error;
-    return launch(sum_reduce_kernel<T>,
-                  {"codebook::sum_members, second stage", dim3(at_most(ceil_div(total, 256), 65535)), dim3(256), 0,
-                   stream},
-                  SumReduceParams{partial, sums, chunks, total, 1 << w.bits, zero});
+    return launch(
+        sum_reduce_kernel<T>,
+        {"codebook::sum_members, second stage", dim3(at_most(ceil_div(total, 256), 65535)), dim3(256), 0, stream},
+        SumReduceParams{partial, sums, chunks, total, 1 << w.bits, zero});
   });
 }
 

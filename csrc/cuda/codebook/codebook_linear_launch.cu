@@ -8,22 +8,19 @@ namespace slim::cuda::codebook {
 
 namespace {
 
-// kBits: 4, or 0 for fewer: then two products more or less a look-up do not matter, compile time does.
+// kBits: 4, or 0 for whatever it is.
 template <class T, int kBits, class Tile>
 const char* run(const Activations& a, const Weight& w, const Choice& c, float* partial, void* stream) {
-  return matmul<PairWeights<T, Tile, kBits>, false, Tile>("codebook::linear, pairs", a, {w, 0}, c.splits, partial, stream);
+  return matmul<PairWeights<T, Tile, kBits>, false, Tile>("codebook::linear, pairs", a, {w, 0}, c.splits, partial,
+                                                          stream);
 }
 
 template <class T>
 const char* typed(const Activations& a, const Weight& w, const Choice& c, float* partial, void* stream) {
-  if (w.bits == 4) {
-    if (c.width == Width::few) return run<T, 4, Tile<128, 8, 128, 8, 1, 4, 2>>(a, w, c, partial, stream);
-    if (c.width == Width::some) return run<T, 4, Tile<128, 16, 128, 8, 1, 4, 2>>(a, w, c, partial, stream);
-    return run<T, 4, Tile<128, 128, 64, 4, 2, 3>>(a, w, c, partial, stream);
-  }
-  if (c.width == Width::few) return run<T, 0, Tile<128, 8, 128, 8, 1, 4, 2>>(a, w, c, partial, stream);
-  if (c.width == Width::some) return run<T, 0, Tile<128, 16, 128, 8, 1, 4, 2>>(a, w, c, partial, stream);
-  return run<T, 0, Tile<128, 128, 64, 4, 2, 3>>(a, w, c, partial, stream);
+  if (c.columns == 16) return run<T, 0, Tile<128, 16, 128, 8, 1, 4, 2>>(a, w, c, partial, stream);
+  if (c.columns == 128) return run<T, 4, Tile<128, 128, 64, 4, 2, 3>>(a, w, c, partial, stream);
+  return w.bits == 4 ? run<T, 4, Tile<128, 64, 64, 4, 1, 3, 2>>(a, w, c, partial, stream)
+                     : run<T, 0, Tile<128, 64, 64, 4, 1, 3, 2>>(a, w, c, partial, stream);
 }
 
 }  // namespace

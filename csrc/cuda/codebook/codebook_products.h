@@ -6,6 +6,7 @@
 
 namespace slim::cuda::codebook {
 
+const char* linear_few(const Activations& a, const Weight& w, void* stream);
 const char* linear_pair(const Activations& a, const Weight& w, const Choice& c, float* partial, void* stream);
 const char* linear_single(const Activations& a, const Weight& w, const Choice& c, float* partial, void* stream);
 const char* conv(const Activations& a, const Weight& w, const Choice& c, float* partial, void* stream);

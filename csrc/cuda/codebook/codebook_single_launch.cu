@@ -16,8 +16,8 @@ const char* run(const Activations& a, const Weight& w, const Choice& c, float* p
 
 template <class T>
 const char* half(const Activations& a, const Weight& w, const Choice& c, float* partial, void* stream) {
-  if (c.width == Width::few) return run<T, Tile<128, 16, 64, 8, 1, 4, 2>>(a, w, c, partial, stream);
-  return run<T, Tile<128, 64, 64, 4, 1, 3>>(a, w, c, partial, stream);
+  if (c.columns == 16) return run<T, Tile<128, 16, 64, 8, 1, 4, 2>>(a, w, c, partial, stream);
+  return run<T, Tile<128, 64, 64, 4, 1, 3, 2>>(a, w, c, partial, stream);
 }
 
 }  // namespace
@@ -25,7 +25,7 @@ const char* half(const Activations& a, const Weight& w, const Choice& c, float* 
 const char* linear_single(const Activations& a, const Weight& w, const Choice& c, float* partial, void* stream) {
   if (a.type == DType::f16) return half<Half>(a, w, c, partial, stream);
   if (a.type == DType::bf16) return half<BFloat16>(a, w, c, partial, stream);
-  if (c.width == Width::few) return run<float, Tile<64, 16, 64, 4, 1, 4>>(a, w, c, partial, stream);
+  if (c.columns == 16) return run<float, Tile<64, 16, 64, 4, 1, 4>>(a, w, c, partial, stream);
   return run<float, Tile<64, 64, 64, 4, 2, 3>>(a, w, c, partial, stream);
 }
 

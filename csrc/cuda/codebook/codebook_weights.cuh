@@ -147,7 +147,8 @@ class PairWeights : public CodeStages<Tile, kBits, kBits ? kBits : 4> {
     const int bits = this->bits(), pairs = 1 << 2 * bits;
     const T* const entries = static_cast<const T*>(p.w.tables);
     for (int i = int(threadIdx.x); i < pairs; i += Tile::kThreads) {
-      const uint32_t low = load_constant(entries + (i & ((1 << bits) - 1))).bits, high = load_constant(entries + (i >> bits)).bits;
+      const uint32_t low = load_constant(entries + (i & ((1 << bits) - 1))).bits,
+                     high = load_constant(entries + (i >> bits)).bits;
       const uint32_t pair = low | high << 16;
       uint4* const to = reinterpret_cast<uint4*>(table + i * 128);
 #pragma unroll
@@ -156,7 +157,8 @@ class PairWeights : public CodeStages<Tile, kBits, kBits ? kBits : 4> {
     mask_ = uint32_t(pairs - 1) << 7;
   }
 
-  __device__ __forceinline__ void fragment(uint32_t (&a)[4], const unsigned char* stage, int step, int row, int k) const {
+  __device__ __forceinline__ void fragment(uint32_t (&a)[4], const unsigned char* stage, int step, int row,
+                                           int k) const {
     const int bits = this->bits();
     const uint32_t v = this->bits_at(this->words(stage, row, k), this->lane_, k % kSlab / 16 * 8 * bits);
     const uint32_t low = v << 7, high = v >> 25, lane = uint32_t(this->lane_) * 4;
@@ -228,7 +230,8 @@ class SingleWeights : public CodeStages<Tile, 0, 8> {
     mask_ = uint32_t(entries - 1) << shift_;
   }
 
-  __device__ __forceinline__ void fragment(uint32_t (&a)[4], const unsigned char* stage, int step, int row, int k) const {
+  __device__ __forceinline__ void fragment(uint32_t (&a)[4], const unsigned char* stage, int step, int row,
+                                           int k) const {
     const int bits = this->w_.bits, lane = this->lane_, left = this->columns_left(step, k);
     const uint32_t* const words = this->words(stage, row, k);
     const int at = k % kSlab / 16 * 8 * bits;
@@ -250,8 +253,9 @@ class SingleWeights : public CodeStages<Tile, 0, 8> {
         base[0] = uint32_t(row + lane / 4) << (bits + shift_);
         base[1] = base[0] + (8u << (bits + shift_));
       } else {
-        base[0] = kind_ == kShared ? uint32_t(lane) * 4
-                                   : (group_of(unsigned((this->depth(step) + k) / kK)) - first_table_) << (bits + shift_);
+        base[0] = kind_ == kShared
+                      ? uint32_t(lane) * 4
+                      : (group_of(unsigned((this->depth(step) + k) / kK)) - first_table_) << (bits + shift_);
         base[1] = base[0];
       }
 #pragma unroll

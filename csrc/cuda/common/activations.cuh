@@ -157,6 +157,7 @@ class Columns {
   template <class Depth>
   __device__ __forceinline__ void prepare(const Depth& depth, int slot) {
     if constexpr (kConv) {
+#pragma unroll 1
       for (int i = int(threadIdx.x); i < Tile::kDepth; i += Tile::kThreads) {
         const int64_t k = depth(i);
         uint4 tap{0, uint32_t(-kFar), 0, 0};
@@ -236,18 +237,26 @@ class Columns {
     uint32_t offset;
   };
 
+  // Each thread has one chunk of some columns. Chunks lie before k or beyond it, never across: their width divides k.
   template <int kBytes, class Depth>
   __device__ __forceinline__ void copy_rows(unsigned char* stage, const Depth& depth) {
-    constexpr int kPer = kBytes / kSize, kChunks = Tile::kDepth / kPer, kTotal = Tile::kCols * kChunks;
+    constexpr int kPer = kBytes / kSize, kChunks = Tile::kDepth / kPer;
+    constexpr int kSide = Tile::kThreads < kChunks ? Tile::kThreads : kChunks, kAtOnce = Tile::kThreads / kSide;
+    static_assert(kChunks % kSide == 0 && Tile::kThreads % kSide == 0, "whole columns");
+    const int first = int(threadIdx.x) / kSide;
+#pragma unroll
+    for (int part = 0; part < kChunks; part += kSide) {
+      const int k = (int(threadIdx.x) % kSide + part) * kPer;
+      const int64_t at = depth(k);
+      const int columns = at < k_ ? left_ : 0;
+      const T* from = x_ + first * k_ + at;
 #pragma unroll(kBytes == 16 ? 8 : 1)
-    for (int begin = 0; begin < kTotal; begin += Tile::kThreads) {
-      const int i = begin + int(threadIdx.x);
-      if (kTotal % Tile::kThreads != 0 && i >= kTotal) break;
-      const int column = i / kChunks, k = i % kChunks * kPer;
-      const int64_t at = depth(k), left = column < left_ ? k_ - at : 0;
-      const int valid = left >= kPer ? kPer : left > 0 ? int(left) : 0;
-      copy_async<kBytes>(stage + place < kRowBytes, kConv && kSize == 4 > (column, k * kSize),
-                         valid ? x_ + column * k_ + at : x_, valid * kSize);
+      for (int i = 0; i < (Tile::kCols + kAtOnce - 1) / kAtOnce; ++i) {
+        const int column = first + i * kAtOnce;
+        if (Tile::kCols % kAtOnce == 0 || column < Tile::kCols)
+          copy_async<kBytes>(stage + place<kRowBytes, false>(column, k * kSize), from, column < columns ? kBytes : 0);
+        from += kAtOnce * k_;
+      }
     }
   }
 
@@ -282,30 +291,28 @@ class Columns {
     }
   }
 
-  __device__ __forceinline__ bool inside(const Pixel& p, const uint4& tap) const {
-    return unsigned(p.y + int(tap.y)) < unsigned(height_) && unsigned(p.x + int(tap.z)) < unsigned(width_);
+  // Where a tap of a pixel lies, if it does.
+  __device__ __forceinline__ const T* at(const Pixel& p, const uint4& tap, bool& in) const {
+    in = unsigned(p.y + int(tap.y)) < unsigned(height_) && unsigned(p.x + int(tap.z)) < unsigned(width_);
+    return p.image + (tap.x + p.offset);
   }
 
   __device__ __forceinline__ void fetch_pixels(unsigned char* stage, int slot) {
-    if constexpr (kSize == 2) {
+    constexpr int kSide = Tile::kCols / kPair, kAtOnce = Tile::kThreads / kSide;
+    const int first = int(threadIdx.x) / kSide, column = int(threadIdx.x) % kSide * kPair;
 #pragma unroll
-      for (int i = 0; i < kFetches; ++i) {
-        const int at = i * Tile::kThreads + int(threadIdx.x);
-        if (kPairs % Tile::kThreads != 0 && at >= kPairs) break;
-        const uint4 tap = table_[slot * Tile::kDepth + at / (Tile::kCols / 2)];
+    for (int i = 0; i < (Tile::kDepth + kAtOnce - 1) / kAtOnce; ++i) {
+      const int row = first + i * kAtOnce;
+      if (Tile::kDepth % kAtOnce != 0 && row >= Tile::kDepth) break;
+      const uint4 tap = table_[slot * Tile::kDepth + row];
 #pragma unroll
-        for (int j = 0; j < kPair; ++j)
-          fetched_[i][j] =
-              inside(pixel_[j], tap) ? load_constant(pixel_[j].image + (tap.x + pixel_[j].offset)).bits : uint16_t(0);
-      }
-    } else {
-      const int column = int(threadIdx.x) % Tile::kCols;
-#pragma unroll
-      for (int row = int(threadIdx.x) / Tile::kCols; row < Tile::kDepth; row += Tile::kThreads / Tile::kCols) {
-        const uint4 tap = table_[slot * Tile::kDepth + row];
-        const bool in = inside(pixel_[0], tap);
-        copy_async<4>(stage + place < kRowBytes, kConv && kSize == 4 > (row, column * kSize),
-                      in ? pixel_[0].image + (tap.x + pixel_[0].offset) : pixel_[0].image, in ? 4 : 0);
+      for (int j = 0; j < kPair; ++j) {
+        bool in;
+        const T* const from = at(pixel_[j], tap, in);
+        if constexpr (kSize == 2)
+          fetched_[i][j] = in ? load_constant(from).bits : uint16_t(0);
+        else
+          copy_async<4>(stage + place<kRowBytes, true>(row, column * kSize), from, in ? 4 : 0);
       }
     }
   }

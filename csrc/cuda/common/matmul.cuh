@@ -25,7 +25,8 @@
 // * Weights beyond the last row may be anything: those sums are dropped. Beyond the last k activations are zero, and
 //   weights must be finite.
 // * Optional: `static constexpr int kSlab` (a divisor of Tile::kDepth, a multiple of 8) and `depth(int step, int slab)`
-//   instead of depth(step): a step is then put together of slabs that lie anywhere in k, as blocks do.
+//   instead of depth(step): a step is then put together of slabs that lie anywhere in k, as blocks do, but begin at
+//   multiples of 8 (float: 4); one at or beyond the last k is empty.
 // * Optional, where zeros that are not stored are multiplied too, which would turn a NaN or Inf among the activations into
 //   NaN in all rows: `using Exact = …`, a struct (of no tile, so that tiles share a kernel) with the same Params and
 //   `static __device__ float exact(const Params&, const Activations&, int group, int64_t row, int64_t column)`, the sum
@@ -34,6 +35,11 @@
 // * Optional: `static __device__ float scale(const Params&, int64_t row)`, a factor of each row (over all groups) of the
 //   sums; the bias is added after it. Not together with Exact.
 // * Optional: `static constexpr bool kTf32 = true` where weights of float32 are exact in tf32: two products then, not three.
+// * Optional, where much of a tile is empty: `static constexpr bool kSkips = true` and `bool stored(const unsigned char*
+//   stage, int step, int row, int k)`, the same in all lanes: fragment() is asked for, and multiplied, only where it says
+//   so, and activations are read only for them.
+// * Optional, where tiles differ in work: `static int64_t tiles(const Params&)` and `static __device__ void tile(const
+//   Params&, unsigned index, int64_t& row0, int& group)`, the order in which row tiles of all groups start.
 // * depth() is asked in every step before its loads: keep what it needs in registers or the block's shared memory.
 // * expand() may write to the block's shared memory: a barrier stands between it and the products of the step before.
 // * load(stage, step) may run while other threads still do the products of step - kStages + 1 and later ones.
@@ -104,6 +110,15 @@ struct IsTf32 : std::false_type {};
 template <class W>
 struct IsTf32<W, std::void_t<decltype(W::kTf32)>> : std::bool_constant<W::kTf32> {};
 
+struct Skips : std::false_type {};
+template <class W>
+struct Skips<W, std::void_t<decltype(W::kSkips)>> : std::bool_constant<W::kSkips> {};
+
+template <class W, class = void>
+struct HasOrder : std::false_type {};
+template <class W>
+struct HasOrder<W, std::void_t<decltype(&W::tiles)>> : std::true_type {};
+
 template <class W, bool kConv, class Tile>
 struct MatmulShape {
   using T = typename W::Value;
@@ -118,65 +133,78 @@ struct MatmulShape {
   static_assert(W::kStageBytes % 16 == 0 && W::kBlockBytes % 16 == 0, "memory in chunks of 16 bytes");
 };
 
-// v = hi + lo but for its last bit or two, both exact in tf32. Inf and NaN go to lo, with 1 for hi: each lo meets the hi of
-// the other factor alone, so that Inf does not become NaN by a lo of 0. Finite numbers that would round to Inf are cut off.
+// v = hi + lo but for its last bit or two, both in tf32 (the tensor cores drop the lower 13 bits). Inf and NaN go to lo,
+// with 1 for hi: each lo meets the hi of the other factor alone, so that Inf does not become NaN by a lo of 0. Finite
+// numbers that would round to Inf are cut off. Rounding is done on integers: cvt.rna would be ten instructions.
 template <int kCount>
 __device__ __forceinline__ void split_tf32(const uint32_t (&v)[kCount], uint32_t (&hi)[kCount],
                                            uint32_t (&lo)[kCount]) {
+  constexpr uint32_t kTop = 0x7f7ff000u;  // from here on numbers round to Inf
   uint32_t largest = 0;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    hi[i] = to_tf32(as_float(v[i]));
-    lo[i] = to_tf32(as_float(v[i]) - as_float(hi[i]));
+    hi[i] = (v[i] + 0x1000u) & 0xffffe000u;
+    lo[i] = as_bits(as_float(v[i]) - as_float(hi[i])) + 0x1000u;
     const uint32_t magnitude = v[i] & 0x7fffffffu;
     largest = magnitude > largest ? magnitude : largest;
   }
-  if (largest < 0x7f7ff000u) return;
+  if (largest < kTop) return;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const uint32_t magnitude = v[i] & 0x7fffffffu;
-    if (magnitude >= 0x7f800000u) {
-      hi[i] = (v[i] & 0x80000000u) | 0x3f800000u;
-      lo[i] = to_tf32(as_float(v[i]));
-    } else if (magnitude >= 0x7f7ff000u) {
-      hi[i] = v[i] & 0xffffe000u;
-      lo[i] = to_tf32(as_float(v[i]) - as_float(hi[i]));
-    }
+    if (magnitude < kTop) continue;
+    const bool finite = magnitude < 0x7f800000u;
+    hi[i] = finite ? v[i] & 0xffffe000u : (v[i] & 0x80000000u) | 0x3f800000u;
+    lo[i] = finite ? as_bits(as_float(v[i]) - as_float(hi[i])) : magnitude == 0x7f800000u ? v[i] : 0x7fffffffu;
   }
 }
 
-// d[i][j] += a[i] b[j]. kTf32: a is exact in tf32.
-template <class T, bool kTf32 = false, int kI, int kJ>
-__device__ __forceinline__ void multiply(float (&d)[kI][kJ][4], const uint32_t (&a)[kI][4],
-                                         const uint32_t (&b)[kJ][2]) {
+// B operands, split in two where that is how their type is multiplied.
+template <class T, int kJ>
+struct Factors {
+  const uint32_t (&b)[kJ][2];
+  __device__ __forceinline__ explicit Factors(const uint32_t (&from)[kJ][2]) : b(from) {}
+};
+template <int kJ>
+struct Factors<float, kJ> {
+  uint32_t hi[kJ][2], lo[kJ][2];
+  __device__ __forceinline__ explicit Factors(const uint32_t (&from)[kJ][2]) {
+#pragma unroll
+    for (int j = 0; j < kJ; ++j) split_tf32(from[j], hi[j], lo[j]);
+  }
+};
+
+// d[j] += a b[j]. kTf32: a is exact in tf32.
+template <class T, bool kTf32, int kJ>
+__device__ __forceinline__ void multiply_row(float (&d)[kJ][4], const uint32_t (&a)[4], const Factors<T, kJ>& b) {
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
-    for (int i = 0; i < kI; ++i)
-#pragma unroll
-      for (int j = 0; j < kJ; ++j) mma_m16n8k16<T>(d[i][j], a[i], b[j]);
+    for (int j = 0; j < kJ; ++j) mma_m16n8k16<T>(d[j], a, b.b[j]);
   } else {
-    uint32_t b_hi[kJ][2], b_lo[kJ][2];
+    if constexpr (kTf32) {
 #pragma unroll
-    for (int j = 0; j < kJ; ++j) split_tf32(b[j], b_hi[j], b_lo[j]);
+      for (int j = 0; j < kJ; ++j) mma_m16n8k8_tf32(d[j], a, b.lo[j]);
 #pragma unroll
-    for (int i = 0; i < kI; ++i) {
-      if constexpr (kTf32) {
-#pragma unroll
-        for (int j = 0; j < kJ; ++j) mma_m16n8k8_tf32(d[i][j], a[i], b_lo[j]);
-#pragma unroll
-        for (int j = 0; j < kJ; ++j) mma_m16n8k8_tf32(d[i][j], a[i], b_hi[j]);
-        continue;
-      }
-      uint32_t a_hi[4], a_lo[4];
-      split_tf32(a[i], a_hi, a_lo);
-#pragma unroll
-      for (int j = 0; j < kJ; ++j) mma_m16n8k8_tf32(d[i][j], a_lo, b_hi[j]);
-#pragma unroll
-      for (int j = 0; j < kJ; ++j) mma_m16n8k8_tf32(d[i][j], a_hi, b_lo[j]);
-#pragma unroll
-      for (int j = 0; j < kJ; ++j) mma_m16n8k8_tf32(d[i][j], a_hi, b_hi[j]);
+      for (int j = 0; j < kJ; ++j) mma_m16n8k8_tf32(d[j], a, b.hi[j]);
+      return;
     }
+    uint32_t hi[4], lo[4];
+    split_tf32(a, hi, lo);
+#pragma unroll
+    for (int j = 0; j < kJ; ++j) mma_m16n8k8_tf32(d[j], lo, b.hi[j]);
+#pragma unroll
+    for (int j = 0; j < kJ; ++j) mma_m16n8k8_tf32(d[j], hi, b.lo[j]);
+#pragma unroll
+    for (int j = 0; j < kJ; ++j) mma_m16n8k8_tf32(d[j], hi, b.hi[j]);
   }
+}
+
+// d[i][j] += a[i] b[j].
+template <class T, bool kTf32, int kI, int kJ>
+__device__ __forceinline__ void multiply(float (&d)[kI][kJ][4], const uint32_t (&a)[kI][4], const uint32_t (&b)[kJ][2]) {
+  const Factors<T, kJ> factors(b);
+#pragma unroll
+  for (int i = 0; i < kI; ++i) multiply_row<T, kTf32>(d[i], a[i], factors);
 }
 
 // Of the sums of a tile: where they go in y, or in one split's share of the workspace, which is laid out alike.
@@ -221,13 +249,23 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) matmul_kernel(c
   static_assert(Tile::kDepth % kK == 0, "a step is made of whole products");
 
   unsigned char* const stages = dynamic_shared();
-  // Row tiles run fastest: blocks at work together share activations, and read all of the weights, which are small.
   unsigned rest = blockIdx.x;
-  const int64_t row0 = int64_t(rest % p.row_tiles) * Tile::kRows;
-  rest /= p.row_tiles;
-  const int64_t column0 = int64_t(rest % p.column_tiles) * Tile::kCols;
-  rest /= p.column_tiles;
-  const int group = int(rest % unsigned(p.a.groups)), split = int(rest / unsigned(p.a.groups));
+  int64_t row0, column0;
+  int group, split;
+  if constexpr (HasOrder<W>::value) {
+    column0 = int64_t(rest % p.column_tiles) * Tile::kCols;
+    rest /= p.column_tiles;
+    split = int(rest % unsigned(p.splits));
+    W::tile(p.w, rest / unsigned(p.splits), row0, group);
+  } else {
+    // Row tiles run fastest: blocks at work together share activations, and read all of the weights, which are small.
+    row0 = int64_t(rest % p.row_tiles) * Tile::kRows;
+    rest /= p.row_tiles;
+    column0 = int64_t(rest % p.column_tiles) * Tile::kCols;
+    rest /= p.column_tiles;
+    group = int(rest % unsigned(p.a.groups));
+    split = int(rest / unsigned(p.a.groups));
+  }
 
   W w(p.w, stages + Shape::kStagesBytes + X::kTableBytes, row0, group, split, p.splits);
   X x(p.a, stages + Shape::kStagesBytes, column0, group);
@@ -246,9 +284,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) matmul_kernel(c
   const int steps = w.steps();
   if constexpr (kConv) {
     if constexpr (W::kBlockBytes > 0) sync_threads();  // depth() may read it
+#pragma unroll 1
     for (int s = 0; s < Tile::kStages && s < steps; ++s) x.prepare(depth_of(s), s);
   }
   if constexpr (kConv || W::kBlockBytes > 0) sync_threads();
+#pragma unroll 1
   for (int s = 0; s < Tile::kStages - 1; ++s) {
     if (s < steps) {
       unsigned char* const stage = stages + s * Shape::kStageBytes;
@@ -278,19 +318,39 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) matmul_kernel(c
       w.expand(raw, step);
       sync_threads();
     }
-    constexpr int kBuffers = sizeof(T) == 2 ? 2 : 1;
-    uint32_t a[kBuffers][kI][4], b[kBuffers][kJ][2];
-    const auto fragments = [&](int s) {
-      X::fragment(b[s % kBuffers], stage, warp_column, s * kK);
+    if constexpr (Skips<W>::value) {
 #pragma unroll
-      for (int i = 0; i < kI; ++i) w.fragment(a[s % kBuffers][i], raw, step, warp_row + 16 * i, s * kK);
-    };
-    fragments(0);
+      for (int s = 0; s < kSteps; ++s) {
+        bool here[kI], any = false;
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      if (kBuffers == 2 && s + 1 < kSteps) fragments(s + 1);
-      multiply<T, IsTf32<W>::value>(d, a[s % kBuffers], b[s % kBuffers]);
-      if (kBuffers == 1 && s + 1 < kSteps) fragments(s + 1);
+        for (int i = 0; i < kI; ++i) any |= here[i] = w.stored(raw, step, warp_row + 16 * i, s * kK);
+        if (!any) continue;
+        uint32_t b[kJ][2];
+        X::fragment(b, stage, warp_column, s * kK);
+        const Factors<T, kJ> factors(b);
+#pragma unroll
+        for (int i = 0; i < kI; ++i) {
+          if (!here[i]) continue;
+          uint32_t a[4];
+          w.fragment(a, raw, step, warp_row + 16 * i, s * kK);
+          multiply_row<T, IsTf32<W>::value>(d[i], a, factors);
+        }
+      }
+    } else {
+      constexpr int kBuffers = sizeof(T) == 2 ? 2 : 1;
+      uint32_t a[kBuffers][kI][4], b[kBuffers][kJ][2];
+      const auto fragments = [&](int s) {
+        X::fragment(b[s % kBuffers], stage, warp_column, s * kK);
+#pragma unroll
+        for (int i = 0; i < kI; ++i) w.fragment(a[s % kBuffers][i], raw, step, warp_row + 16 * i, s * kK);
+      };
+      fragments(0);
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+        if (kBuffers == 2 && s + 1 < kSteps) fragments(s + 1);
+        multiply<T, IsTf32<W>::value>(d, a[s % kBuffers], b[s % kBuffers]);
+        if (kBuffers == 1 && s + 1 < kSteps) fragments(s + 1);
+      }
     }
     if (next < steps) x.store(into);
     free = slot;
@@ -413,20 +473,34 @@ constexpr int kReduceThreads = 256;
 
 template <class T, class Exact>
 __global__ void __launch_bounds__(kReduceThreads) reduce_kernel(const ReduceParams<Exact> p) {
+  constexpr bool kExact = !std::is_same_v<Exact, NoExact>;
+  T* const y = static_cast<T*>(p.y);
+  bool nan = false;
   for (int64_t i = int64_t(blockIdx.x) * kReduceThreads + threadIdx.x; i < p.total;
        i += int64_t(gridDim.x) * kReduceThreads) {
     float sum = 0.0f;
     for (int s = 0; s < p.splits; ++s) sum += p.partial[s * p.total + i];
-    if constexpr (!std::is_same_v<Exact, NoExact>) {
-      if (sum != sum) {
-        const int64_t of_group = p.n / p.a.groups, row = i / p.inner % p.n;
-        sum = Exact::exact(p.exact, p.a, int(row / of_group), row % of_group,
-                           i / (p.inner * p.n) * p.inner + i % p.inner);
-      }
-    }
+    if constexpr (kExact) nan |= sum != sum;
     if (p.bias) sum += to_float(load_constant(static_cast<const T*>(p.bias) + i / p.inner % p.n));
     if (p.relu && sum < 0.0f) sum = 0.0f;
-    static_cast<T*>(p.y)[i] = from_float<T>(sum);
+    y[i] = from_float<T>(sum);
+  }
+  if constexpr (kExact) {
+    if (!nan) return;
+    // Rare: each thread looks through what it has just written.
+#pragma unroll 1
+    for (int64_t i = int64_t(blockIdx.x) * kReduceThreads + threadIdx.x; i < p.total;
+         i += int64_t(gridDim.x) * kReduceThreads) {
+      const float old = to_float(y[i]);
+      if (old == old) continue;
+      const int64_t line = i / p.inner, column = line / p.n;  // of y [columns / inner][n][inner]
+      const uint32_t row = uint32_t(line - column * p.n), of_group = uint32_t(p.n) / uint32_t(p.a.groups);
+      float sum =
+          Exact::exact(p.exact, p.a, int(row / of_group), row % of_group, column * p.inner + (i - line * p.inner));
+      if (p.bias) sum += to_float(load_constant(static_cast<const T*>(p.bias) + row));
+      if (p.relu && sum < 0.0f) sum = 0.0f;
+      y[i] = from_float<T>(sum);
+    }
   }
 }
 

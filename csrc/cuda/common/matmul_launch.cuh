@@ -19,6 +19,13 @@ int64_t matmul_blocks(const Activations& a) {
   const int64_t rows = (a.n / a.groups + Tile::kRows - 1) / Tile::kRows;
   return rows * ((columns_of(a) + Tile::kCols - 1) / Tile::kCols) * a.groups;
 }
+template <class W, class Tile>
+int64_t matmul_blocks(const Activations& a, const typename W::Params& w) {
+  if constexpr (HasOrder<W>::value)
+    return W::tiles(w) * ((columns_of(a) + Tile::kCols - 1) / Tile::kCols);
+  else
+    return matmul_blocks<Tile>(a);
+}
 
 // Floats that `partial` must hold.
 inline int64_t partial_size(const Activations& a, int splits) { return splits == 1 ? 0 : splits * a.n * columns_of(a); }
@@ -39,7 +46,7 @@ template <class W, bool kConv, class Tile>
 const char* matmul(const char* name, const Activations& a, const typename W::Params& w, int splits, float* partial,
                    void* stream) {
   if (const char* error = check_geometry(a)) return error;
-  const int64_t columns = columns_of(a), blocks = matmul_blocks<Tile>(a) * splits;
+  const int64_t columns = columns_of(a), blocks = matmul_blocks<W, Tile>(a, w) * splits;
   if (blocks > INT32_MAX) return "too many tiles for one grid";
   MatmulParams<W> p{a, w, splits == 1 ? nullptr : partial, splits, 0, 0};
   p.row_tiles = unsigned((a.n / a.groups + Tile::kRows - 1) / Tile::kRows);

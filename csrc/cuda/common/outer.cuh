@@ -92,6 +92,7 @@ class OuterLoads {
       grad_vector_ = low_bit(address(grad) | uint64_t(out_ * kSize));
       input_vector_ = direct ? low_bit(address(a.x) | uint64_t(out_ * kSize)) : 0;
       const unsigned taps = unsigned(g.kernel_h * g.kernel_w), kernel_w = unsigned(g.kernel_w);
+#pragma unroll 1
       for (int i = int(threadIdx.x); i < Tile::kCols; i += Tile::kThreads) {
         const int64_t k = kept.k(i / K::kSlab) + i % K::kSlab;
         uint4 tap{0, uint32_t(-kFar), 0, 0};
@@ -109,9 +110,10 @@ class OuterLoads {
   // Convolutions: the pixels of a step.
   __device__ __forceinline__ void prepare(int64_t column0, int slot) {
     if constexpr (kConv) {
+#pragma unroll 1
       for (int i = int(threadIdx.x); i < Tile::kDepth; i += Tile::kThreads) {
         const int64_t column = column0 + i;
-        uint4 pixel{uint32_t(-kFar), 0, 0, uint32_t(-1)};
+        uint4 pixel{uint32_t(-kFar), 0, 0, uint32_t(-kFar)};  // addresses stay aligned
         if (column < columns_) {
           const int64_t image = column / out_;
           const unsigned at = unsigned(column - image * out_), y = at / unsigned(g_->out_w);
@@ -178,16 +180,16 @@ class OuterLoads {
       const int at = (int(threadIdx.x) % kThreads + part * kThreads) * kPer;
       const int64_t along = kGrad ? at : kept_.k(at / K::kSlab) + at % K::kSlab;
       const int64_t left = (kGrad ? int64_t(rows_) : k_) - along;
-      const int some = left <= 0 ? 0 : left < kPer ? int(left) : kPer;
+      const int64_t columns =
+          left > 0 ? columns_ - column0 : 0;  // chunks lie before the edge or beyond it, never across
       const T* from = base + (column0 + first) * stride + along;
 #pragma unroll(kBytes == 16 ? 8 : 1)
       for (int c = first; c < Tile::kDepth; c += Tile::kThreads / kThreads) {
-        const int valid = column0 + c < columns_ ? some : 0;
         unsigned char* const to = stage + place<kLines * kSize, kWords>(c, at * kSize);
         if constexpr (kBytes == 2)
-          *reinterpret_cast<T*>(to) = valid ? load_constant(from) : T{};
+          *reinterpret_cast<T*>(to) = c < columns ? load_constant(from) : T{};
         else
-          copy_async<kBytes>(to, valid ? from : base, valid * kSize);
+          copy_async<kBytes>(to, from, c < columns ? kBytes : 0);
         from += Tile::kThreads / kThreads * stride;
       }
     }
@@ -218,13 +220,16 @@ class OuterLoads {
       offset = pixel.x * unsigned(l.g_->width) + pixel.y;
       if (kGrad) y = int(pixel.w);
     }
-    // Null where there is nothing.
-    __device__ __forceinline__ const T* at(const OuterLoads& l, int row) const {
-      if constexpr (kGrad) return row < l.rows_ && y >= 0 ? image + row * l.out_ : nullptr;
-      const uint4 tap = l.taps_[row];
-      return unsigned(y + int(tap.y)) < unsigned(l.g_->height) && unsigned(x + int(tap.z)) < unsigned(l.g_->width)
-                 ? image + (tap.x + offset)
-                 : nullptr;
+    // Where it lies in a row, if it does.
+    __device__ __forceinline__ const T* at(const OuterLoads& l, int row, bool& in) const {
+      if constexpr (kGrad) {
+        in = row < l.rows_ && y >= 0;
+        return image + row * l.out_;
+      } else {
+        const uint4 tap = l.taps_[row];
+        in = unsigned(y + int(tap.y)) < unsigned(l.g_->height) && unsigned(x + int(tap.z)) < unsigned(l.g_->width);
+        return image + (tap.x + offset);
+      }
     }
   };
 
@@ -235,12 +240,9 @@ class OuterLoads {
     const Pixel<kGrad> pixel(*this, pixels_[slot * Tile::kDepth + at]);
 #pragma unroll(kBytes == 16 ? 8 : 1)
     for (int row = int(threadIdx.x) / kChunks; row < kLines; row += Tile::kThreads / kChunks) {
-      const T* const from = pixel.at(*this, row);
-      copy_async<kBytes>(stage + place<kGradRowBytes, false>(row, at * kSize),
-                         from    ? from
-                         : kGrad ? grad_
-                                 : x_,
-                         from ? kBytes : 0);
+      bool in;
+      const T* const from = pixel.at(*this, row, in);
+      copy_async<kBytes>(stage + place<kGradRowBytes, false>(row, at * kSize), from, in ? kBytes : 0);
     }
   }
 
@@ -254,8 +256,10 @@ class OuterLoads {
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
           const int row = int(threadIdx.x) / kPairs + i * kRowsAtOnce;
-          const T* const from = row < kLines ? pixel.at(*this, row) : nullptr;
-          into[i][h] = from ? load_constant(from).bits : uint16_t(0);
+          if (kLines % kRowsAtOnce != 0 && row >= kLines) break;
+          bool in;
+          const T* const from = pixel.at(*this, row, in);
+          into[i][h] = in ? load_constant(from).bits : uint16_t(0);
         }
       }
     }
@@ -314,9 +318,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) outer_kernel(co
   const auto column_of = [begin](int step) { return (begin + step) * Tile::kDepth; };
 
   if constexpr (kConv) {
+#pragma unroll 1
     for (int s = 0; s < Tile::kStages && s < steps; ++s) loads.prepare(column_of(s), s);
     sync_threads();
   }
+#pragma unroll 1
   for (int s = 0; s < Tile::kStages - 1; ++s) {
     if (s < steps) {
       loads.load(stages + s * Loads::kStageBytes, column_of(s), s);
@@ -353,7 +359,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) outer_kernel(co
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       if (kBuffers == 2 && s + 1 < kSteps) fragments(s + 1);
-      multiply<T>(d, a[s % kBuffers], b[s % kBuffers]);
+      multiply<T, false>(d, a[s % kBuffers], b[s % kBuffers]);
       if (kBuffers == 1 && s + 1 < kSteps) fragments(s + 1);
     }
     if (next < steps) loads.store(into);

@@ -39,6 +39,7 @@ inline int splits_for(const Activations& a, const DeviceInfo& device) {
 // So rows win for a column or two of a weight that is almost empty; and for few columns of values that were not packed
 // beforehand, which costs another eight bytes for each.
 inline bool tiles_pay(const Activations& a, int64_t nnz, bool packed) {
+  if (columns_of(a) > INT32_MAX) return false;  // they count in 32 bits
   if (!packed) return columns_of(a) > 8;
   return columns_of(a) > 2 || double(nnz) >= 0.03 * double(a.n) * double(a.k);
 }
@@ -53,10 +54,10 @@ inline int dot_columns(const Activations& a) {
   return a.m <= 8 ? 1 : 0;
 }
 
-// Rows of a warp in the panel kernel: 8 share a panel better, 2 fill a device with a small matrix.
-inline int panel_rows(const Activations& a, const DeviceInfo& device) {
-  const int64_t tiles = (a.n / a.groups + 63) / 64 * a.groups * ((columns_of(a) + 63) / 64);
-  return tiles >= device.multiprocessors ? 8 : 2;
+// Whether panels with many rows a block, which share activations better, still fill the device.
+inline bool panels_fill(const Activations& a, int64_t rows, const DeviceInfo& device) {
+  const int64_t tiles = (a.n / a.groups + rows - 1) / rows * a.groups * ((columns_of(a) + 63) / 64);
+  return tiles >= device.multiprocessors;
 }
 
 }  // namespace slim::cuda::sparse

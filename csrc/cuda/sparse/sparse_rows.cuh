@@ -7,7 +7,7 @@
 //
 // panel_kernel, many columns: the dense dimension lies in the lanes, so nothing is gathered.
 //
-//            64 columns                       warp w: rows 8 w … 8 w + 7 of the tile, all 64 columns, two a lane
+//            64 columns                       warp w: rows 6 w … 6 w + 5 of the tile, all 64 columns, two a lane
 //       k0  +----------+   panel, float32,      each stored weight (column, value), from shared memory, is broadcast:
 //           |          |   two of them:           acc[row][0 … 1] += value * panel[column - k0][2 lane … 2 lane + 1]
 //  k0 + 128 +----------+   one is filled      columns ascend in a row, so each row keeps its place from panel to panel
@@ -98,12 +98,13 @@ __global__ void __launch_bounds__(kDotThreads) dot_kernel(const RowParams p) {
 constexpr int kPanelColumns = 64;
 constexpr int kPanelDepth = 128;
 constexpr int kPanelThreads = 256;
+constexpr int kPanelRows = 6;  // of a warp, or 2
 constexpr int kPanelWarps = kPanelThreads / kWarp;
 constexpr int kPanelPitch = kPanelColumns + 2;  // even, and rows that are filled together lie in different banks
 constexpr int kPanelFloats = kPanelDepth * kPanelPitch;
 constexpr int kWeightBytes = kPanelWarps * kWarp * 8;  // (place in the panel, value), of each warp
 constexpr int kTapBytes = 2 * kPanelDepth * 16;        // of each k of a panel its offset in the image, y, x
-constexpr int kPanelShared = 2 * kPanelFloats * 4 + kWeightBytes + kTapBytes;
+constexpr int kPanelShared = 2 * kPanelFloats * 4 + kWeightBytes + kTapBytes + kPanelWarps * kPanelRows * 4;
 
 // Fills panels with activations. Lanes run along what lies together in memory: k of a linear layer, pixels of an image.
 template <class T, bool kConv>
@@ -191,26 +192,29 @@ __global__ void __launch_bounds__(kPanelThreads, 2) panel_kernel(const RowParams
   float* const panels = reinterpret_cast<float*>(dynamic_shared());
   uint2* const weights = reinterpret_cast<uint2*>(panels + 2 * kPanelFloats);
   uint4* const taps = reinterpret_cast<uint4*>(weights + kPanelWarps * kWarp);
+  int32_t* const ends = reinterpret_cast<int32_t*>(taps + 2 * kPanelDepth);  // of each row, to spare registers
   const int64_t of_group = p.a.n / p.a.groups;
-  int64_t tile = blockIdx.x;
-  const int64_t row_tile = tile % p.row_tiles;
-  tile /= p.row_tiles;
-  const int group = int(tile % p.a.groups);
-  const int64_t column0 = tile / p.a.groups * kPanelColumns;
+  unsigned tile = blockIdx.x;
+  const int64_t row_tile = tile % unsigned(p.row_tiles);
+  tile /= unsigned(p.row_tiles);
+  const int group = int(tile % unsigned(p.a.groups));
+  const int64_t column0 = int64_t(tile / unsigned(p.a.groups)) * kPanelColumns;
 
   const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
   uint2* const own = weights + warp * kWarp;
   const int64_t first = row_tile * kTileRows + warp * kRows;  // in the group
   Panels<T, kConv> panel(p.a, column0, group, panels, taps);
 
-  int32_t place[kRows], end[kRows];
+  int32_t place[kRows];
+  int32_t* const end = ends + warp * kRows;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const bool in = first + r < of_group;
     const int32_t* at = p.csr.row_offsets + group * of_group + first + r;
     place[r] = in ? load_constant(at) : 0;
-    end[r] = in ? load_constant(at + 1) : 0;
+    if (lane == r) end[r] = in ? load_constant(at + 1) : 0;
   }
+  sync_warp();
   float sum[kRows][2] = {};
   const int64_t panel_count = (p.a.k + kPanelDepth - 1) / kPanelDepth;
   panel.prepare(0, 0);
@@ -273,18 +277,17 @@ __global__ void __launch_bounds__(kPanelThreads, 2) panel_kernel(const RowParams
 
   const int64_t pixels = kConv ? p.a.geometry.out_h * p.a.geometry.out_w : 1;
   const int64_t all = kConv ? p.a.geometry.batch * pixels : p.a.m;
-  T* const y = static_cast<T*>(p.a.y);
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    if (first + r >= of_group) break;
-    const int64_t row = group * of_group + first + r;
-    const float bias = bias_of<T>(p.a, row);
+  for (int h = 0; h < 2; ++h) {
+    const int64_t column = column0 + 2 * lane + h;
+    if (column >= all) continue;
+    const int64_t image = kConv ? column / pixels : 0;
+    T* const y = static_cast<T*>(p.a.y) + (kConv ? image * p.a.n * pixels + column - image * pixels : column * p.a.n);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int64_t column = column0 + 2 * lane + h;
-      if (column >= all) continue;
-      const int64_t at = kConv ? (column / pixels * p.a.n + row) * pixels + column % pixels : column * p.a.n + row;
-      y[at] = from_float<T>(finish(p.a, sum[r][h] + bias));
+    for (int r = 0; r < kRows; ++r) {
+      if (first + r >= of_group) break;
+      const int64_t row = group * of_group + first + r;
+      y[row * pixels] = from_float<T>(finish(p.a, sum[r][h] + bias_of<T>(p.a, row)));
     }
   }
 }

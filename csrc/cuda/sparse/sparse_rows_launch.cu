@@ -36,9 +36,11 @@ const char* rows_of(const RowParams& p, const DeviceInfo& device, void* stream) 
     default:
       break;
   }
-  const bool tall = panel_rows(p.a, device) == 8;
-  if (p.a.conv) return tall ? panel<T, true, 8>(p, stream) : panel<T, true, 2>(p, stream);
-  return tall ? panel<T, false, 8>(p, stream) : panel<T, false, 2>(p, stream);
+  if constexpr (sizeof(T) == 4) {  // 16-bit values come this way only where nobody made a plan
+    if (panels_fill(p.a, kPanelRows * kPanelWarps, device))
+      return p.a.conv ? panel<T, true, kPanelRows>(p, stream) : panel<T, false, kPanelRows>(p, stream);
+  }
+  return p.a.conv ? panel<T, true, 2>(p, stream) : panel<T, false, 2>(p, stream);
 }
 
 template <class T>

@@ -24,13 +24,15 @@ template <class T>
 __device__ __forceinline__ float activation_at(const Activations& a, int64_t group, int64_t column, int64_t k) {
   const T* x = static_cast<const T*>(a.x);
   if (!a.conv) return to_float(load_constant(x + column * a.k + k));
-  const ConvGeometry& g = a.geometry;
-  const int64_t taps = g.kernel_h * g.kernel_w, tap = k % taps, pixels = g.out_h * g.out_w, pixel = column % pixels;
-  const int64_t h = pixel / g.out_w * g.stride_h - g.pad_h + tap / g.kernel_w * g.dilation_h;
-  const int64_t w = pixel % g.out_w * g.stride_w - g.pad_w + tap % g.kernel_w * g.dilation_w;
+  const ConvGeometry& g = a.geometry;  // fewer than 2^31 entries of an image, and columns
+  const uint32_t taps = uint32_t(g.kernel_h * g.kernel_w), tap = uint32_t(k) % taps, kernel_w = uint32_t(g.kernel_w);
+  const uint32_t pixels = uint32_t(g.out_h * g.out_w), out_w = uint32_t(g.out_w);
+  const uint32_t image = uint32_t(column) / pixels, pixel = uint32_t(column) % pixels;
+  const int64_t h = int64_t(pixel / out_w) * g.stride_h - g.pad_h + tap / kernel_w * g.dilation_h;
+  const int64_t w = int64_t(pixel % out_w) * g.stride_w - g.pad_w + tap % kernel_w * g.dilation_w;
   if (h < 0 || h >= g.height || w < 0 || w >= g.width) return 0.0f;
-  const int64_t channel = group * (g.channels / a.groups) + k / taps;
-  return to_float(load_constant(x + ((column / pixels * g.channels + channel) * g.height + h) * g.width + w));
+  const int64_t channel = group * (g.channels / a.groups) + uint32_t(k) / taps;
+  return to_float(load_constant(x + ((image * g.channels + channel) * g.height + h) * g.width + w));
 }
 
 // Values of T as they are, in packed order. What another source of values must have too:

@@ -20,7 +20,7 @@ struct Weight {
   int32_t group_size;  // tables: 0 one for all, -1 one for each row, else one for so many columns of `width`
 };
 
-// The parts of a plan (codes_plan.h) on the device; all null where there is none.
+// The parts of a plan (sparse_codebook_plan.h) on the device; all null where there is none.
 struct Codes {
   const unsigned char* cells;
   const uint32_t* starts;

@@ -16,17 +16,17 @@
 
 #include <type_traits>
 
-#include "cuda/sparse_codebook/walk.cuh"
+#include "cuda/sparse_codebook/sparse_codebook_walk.cuh"
 
 namespace slim::cuda::sparse_codebook {
 
 struct ForwardParams {
   Activations a;
   Weight w;
-  const void* x;       // few columns: [k][kM], but [k] for one; many: as loads find it, see `step`
-  int64_t step;        // many columns: elements of x from one k to the next, within a channel
+  const void* x;        // few columns: [k][kM], but [k] for one; many: as loads find it, see `step`
+  int64_t step;         // many columns: elements of x from one k to the next, within a channel
   int32_t table_bytes;  // of shared memory
-  int32_t staged;      // one column: bytes of x copied to shared memory, or 0
+  int32_t staged;       // one column: bytes of x copied to shared memory, or 0
 };
 
 // kN consecutive elements, the first aligned to as many of them as make 16 bytes.

@@ -17,10 +17,10 @@ unsigned grid_y(int64_t n) { return unsigned(n < 65535 ? n : 65535); }
 int64_t transposed_width(const Activations& a) { return a.m <= kFew ? kFew : divide_up(a.m, kWarp) * kWarp; }
 
 // Columns of a lane in many_columns_kernel: four, which decode an entry once for 128 columns, if there are as many, and
-// if blocks are left for all multiprocessors, two for each.
+// if blocks are left for all multiprocessors.
 bool wide(const Params& p) {
   const int64_t columns = columns_of(p.a);
-  return columns > 64 && divide_up(columns, 128) * divide_up(p.w.rows, kManyWarps) >= 2 * p.device.multiprocessors;
+  return columns > 64 && divide_up(columns, 128) * divide_up(p.w.rows, kManyWarps) >= p.device.multiprocessors;
 }
 
 // A 1x1 convolution whose output pixels are the input's.
@@ -45,8 +45,8 @@ template <class T>
 const char* transpose(const Params& p, void* stream) {
   const TransposeParams t{p.a.x, p.scratch, p.a.m, p.a.k, transposed_width(p.a)};
   const dim3 grid(unsigned(divide_up(t.k, 32)), grid_y(divide_up(t.width, 32)));
-  return launch(transpose_kernel<T>, {"sparse_codebook::transpose", grid, dim3(32, 8), 32 * 33 * int(sizeof(T)), stream},
-                t);
+  return launch(transpose_kernel<T>,
+                {"sparse_codebook::transpose", grid, dim3(32, 8), 32 * 33 * int(sizeof(T)), stream}, t);
 }
 
 template <class T, int kM>
@@ -80,8 +80,7 @@ const char* forward_as(const Params& p, void* stream) {
   if (p.a.conv) {
     const ConvGeometry& g = p.a.geometry;
     f.step = g.height * g.width;
-    if (direct(g))
-      return wide(p) ? many_columns<T, false, 4>(p, f, stream) : many_columns<T, false, 1>(p, f, stream);
+    if (direct(g)) return wide(p) ? many_columns<T, false, 4>(p, f, stream) : many_columns<T, false, 1>(p, f, stream);
     return wide(p) ? many_columns<T, true, 4>(p, f, stream) : many_columns<T, true, 1>(p, f, stream);
   }
   if (p.a.m == 1) return few_columns<T, 1>(p, f, stream);

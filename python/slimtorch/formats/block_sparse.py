@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slimtorch.formats._common import INDEX_LIMIT, WithPlans, check_columns, check_dense, check_offsets, matrix_shape
+from slimtorch.formats._common import (
+    INDEX_LIMIT,
+    WithPlans,
+    check_columns,
+    check_dense,
+    check_offsets,
+    matrix_shape,
+    on_gpu,
+)
 
 MAX_BLOCK = 1024
 
@@ -128,24 +136,34 @@ class BlockSparse(WithPlans):
         return self.values.numel() / max(1, rows * width)
 
     def plan(self, groups: int = 1, *, transposed: bool = False) -> Tensor | None:
-        """How the CPU kernels walk the positions (opaque bytes): derived once, cached, never saved.
+        """How kernels walk the positions (opaque): derived once, cached, never saved.
 
-        None while a graph is being traced and nothing is cached (the kernel then derives it at every call), and on
-        devices other than the CPU.
+        For the CPU these are bytes. For CUDA they are made on the CPU and moved, so the first call for a weight waits for
+        the device; call a layer once before it is captured in a CUDA graph. None while a graph is being traced and nothing
+        is cached (the kernel then does without, more slowly), and on other devices.
 
         Raises:
             TypeError, ValueError: the format breaks an invariant (see ``validate``); checked before the first plan.
         """
         key = (groups, transposed)
         if key not in self._plans:
-            if torch.compiler.is_compiling() or self.block_columns.device.type != "cpu":
+            gpu = on_gpu(self.block_columns)
+            if torch.compiler.is_compiling() or not (gpu or self.block_columns.device.type == "cpu"):
                 return None
             if not self._plans:
                 self.validate()  # kernels trust the positions from here on
             rows, width = matrix_shape(self.shape)
-            taps = self.shape[2] * self.shape[3] if len(self.shape) == 4 else 1
             with torch.inference_mode(False):  # else backward could not save a plan derived inside inference_mode
-                self._plans[key] = torch.ops.slimtorch.block_sparse_plan(
-                    self.block_columns, self.block_row_offsets, self.block_size, rows, width, groups, taps, transposed
-                )
+                if gpu:
+                    plan = torch.ops.slimtorch.block_sparse_cuda_plan(
+                        self.block_columns.cpu(), self.block_row_offsets.cpu(), self.block_size, rows, width, groups,
+                        transposed,
+                    )  # fmt: skip
+                    self._plans[key] = plan.to(self.block_columns.device)
+                else:
+                    taps = self.shape[2] * self.shape[3] if len(self.shape) == 4 else 1
+                    self._plans[key] = torch.ops.slimtorch.block_sparse_plan(
+                        self.block_columns, self.block_row_offsets, self.block_size, rows, width, groups, taps,
+                        transposed,
+                    )  # fmt: skip
         return self._plans[key]

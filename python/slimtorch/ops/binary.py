@@ -77,7 +77,8 @@ def binary_conv2d(
     """2-D cross-correlation of ``sign(x)`` with a binary weight; sign(0) = +1, NaN counts as -1, padding adds zeros.
 
     Args:
-        x: ``[N, C, H, W]`` or ``[C, H, W]``, float32, bfloat16, float64, on CUDA float16, of the dtype of ``weight.scale``.
+        x: ``[N, C, H, W]`` or ``[C, H, W]``, float32, bfloat16, float64, on CUDA float16, of the dtype of
+            ``weight.scale``.
         weight: the packed ``[out_channels, C / groups, kh, kw]`` weight.
         bias: ``[out_channels]`` or None.
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d`` (padding in zeros, per side).

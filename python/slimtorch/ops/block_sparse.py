@@ -9,17 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slimtorch import _C, reference
+from slimtorch import reference
 from slimtorch.formats import BlockSparse
 from slimtorch.ops import _common as common
 from slimtorch.ops._common import Activation, Pair
 
 _ops = torch.ops.slimtorch
-
-# The CUDA kernel of the linear layer has no backward.
-_INFERENCE_DTYPES = dict(common.KERNEL_DTYPES)
-if _C.cuda_archs():
-    _INFERENCE_DTYPES["cuda"] = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def block_sparse_linear(
@@ -28,7 +23,8 @@ def block_sparse_linear(
     """``x @ weight.T + bias`` with a block-sparse weight.
 
     Args:
-        x: ``[..., in_features]``, float32, bfloat16 or float64, of the dtype of ``weight.values``.
+        x: ``[..., in_features]``, float32, bfloat16 or float64 (on CUDA: float16, not float64), of the dtype of
+            ``weight.values``.
         weight: the packed ``[out_features, in_features]`` weight.
         bias: ``[out_features]`` or None.
         activation: ``"relu"`` is fused into the kernel.
@@ -51,8 +47,7 @@ def block_sparse_linear(
             pass  # what is wrong is said below, or a dtype or device without a kernel served
     x, values, bias = common.autocast(x, weight.values, bias)
     common.check_linear(x, values, bias, weight.shape)
-    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, values, bias))
-    if not common.has_kernel("block_sparse_linear", x, common.KERNEL_DTYPES if trains else _INFERENCE_DTYPES):
+    if not common.has_kernel("block_sparse_linear", x):
         return reference.linear(x, _with_values(weight, values), bias, relu=relu)
     backward_plan = weight.plan(transposed=True) if _needs_grad(x) else None
     return _ops.block_sparse_linear(
@@ -82,7 +77,8 @@ def block_sparse_conv2d(
     """2-D cross-correlation with a block-sparse weight.
 
     Args:
-        x: ``[N, C, H, W]`` or ``[C, H, W]``, float32, bfloat16 or float64, of the dtype of ``weight.values``.
+        x: ``[N, C, H, W]`` or ``[C, H, W]``, float32, bfloat16 or float64 (on CUDA: float16, not float64), of the dtype of
+            ``weight.values``.
         weight: the packed ``[out_channels, C / groups, kh, kw]`` weight.
         bias: ``[out_channels]`` or None.
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d`` (padding in zeros, per side).
@@ -135,6 +131,13 @@ def _(
     transposed: bool,
 ) -> Tensor:  # fmt: skip
     return columns.new_empty([torch.library.get_ctx().new_dynamic_size()], dtype=torch.uint8)
+
+
+@torch.library.register_fake("slimtorch::block_sparse_cuda_plan")
+def _(
+    columns: Tensor, row_offsets: Tensor, block_size: Pair, rows: int, width: int, groups: int, transposed: bool
+) -> Tensor:
+    return columns.new_empty([torch.library.get_ctx().new_dynamic_size()])
 
 
 @torch.library.register_fake("slimtorch::block_sparse_linear_inference")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pruning: masks for weights, blocks, rows and columns; removal of neurons and channels; schedules."""
 
+from slimtorch.prune import scratch
 from slimtorch.prune._verb import prune_
 from slimtorch.prune.importance import (
     L1,
@@ -8,10 +9,16 @@ from slimtorch.prune.importance import (
     APoZ,
     BatchNorm,
     Evidence,
+    Fisher,
     Group,
     Importance,
+    LifeLong,
+    Movement,
+    PathIntegral,
     Random,
+    SecondOrder,
     Slots,
+    Snip,
     Taylor,
     WeightImportance,
 )
@@ -28,24 +35,31 @@ __all__ = [
     "BatchNorm",
     "Cubic",
     "Evidence",
+    "Fisher",
     "Group",
     "Importance",
     "Iterative",
+    "LifeLong",
     "Magnitude",
     "Mask",
+    "Movement",
     "Neurons",
     "OneShot",
+    "PathIntegral",
     "PruneReport",
     "PrunedLayer",
     "Pruner",
     "Random",
     "Schedule",
+    "SecondOrder",
     "Slots",
+    "Snip",
     "Taylor",
     "WeightImportance",
     "bake_",
     "mask_like_",
     "masks",
     "prune_",
+    "scratch",
     "sparsity",
 ]

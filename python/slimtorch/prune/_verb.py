@@ -49,7 +49,8 @@ def prune_(
         if not isinstance(value, (Magnitude, Neurons)):
             raise TypeError(f"config: expected Magnitude, Neurons or a mapping of globs to them, got {value!r}")
     if all(isinstance(value, Magnitude) for value in values):
-        return prune_weights_(model, cast("Magnitude | dict[str, Magnitude | None]", config), filter_fn=filter_fn)
+        weights = cast("Magnitude | dict[str, Magnitude | None]", config)
+        return prune_weights_(model, weights, filter_fn=filter_fn, data=data)
     if all(isinstance(value, Neurons) for value in values):
         return remove_neurons_(
             model,

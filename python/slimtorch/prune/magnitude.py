@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Magnitude pruning: masks the weights, blocks, rows or columns with the smallest norm.
+"""Pruning by masks: the weights, blocks, rows or columns of the smallest norm, or of the least other importance.
 
     weight [out, in/groups · kh · kw]  ──scores──▶  one number per group  ──k smallest──▶  mask
 
@@ -10,10 +10,10 @@ number of groups removed is exact and the same on every run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ Granularity = Literal["weight", "row", "column"] | tuple[int, int]
 
 @dataclass(frozen=True)
 class Magnitude:
-    """Prune what has the smallest magnitude.
+    """Prune what has the smallest magnitude, or the least of another importance.
 
     A weight is seen as a matrix [out, in/groups · kh · kw]. What is counted, ranked and removed is a *group*: a single
     weight, a whole row or column of that matrix, or a block of r × c (blocks at the right and lower edge are
@@ -43,6 +43,13 @@ class Magnitude:
         granularity: "weight", "row", "column" or a block (r, c).
         scope: "layer" ranks within each layer; "global" ranks over all layers with this configuration.
         norm: 1 (mean absolute value) or 2 (root mean square) of a group; single weights rank alike under both.
+        importance: None ranks by `norm`; "magnitude", "l2", "random", on `data` with `loss_fn` "snip", "taylor" or
+            "taylor2"; or any `WeightImportance`, such as `Movement`, `PathIntegral` and `Fisher`, which have watched
+            training. A group is worth the mean of its weights.
+        loss_fn: for importances on data: `loss_fn(output, *targets) -> scalar`.
+        seed: of "random" and "taylor2".
+        batches: how many of `data` to read; None: all. Fewer than that is an error.
+        allow_empty: False refuses to take all weights of a layer, which cuts the network in two.
 
     Raises:
         ValueError, TypeError: an argument is out of its range.
@@ -52,6 +59,11 @@ class Magnitude:
     granularity: Granularity = "weight"
     scope: Literal["layer", "global"] = "layer"
     norm: Literal[1, 2] = 1
+    importance: str | importances.WeightImportance | None = None
+    loss_fn: importances.LossFn | None = None
+    seed: int = 0
+    batches: int | None = None
+    allow_empty: bool = True
 
     def __post_init__(self) -> None:
         check_fraction("sparsity", self.sparsity)
@@ -69,6 +81,17 @@ class Magnitude:
             raise ValueError(f"scope: expected 'layer' or 'global', got {self.scope!r}")
         if self.norm not in (1, 2):
             raise ValueError(f"norm: expected 1 or 2, got {self.norm!r}")
+        if self.importance is not None:
+            chosen = importances.get(self.importance)
+            if not hasattr(chosen, "weights"):
+                raise TypeError(f"importance: {self.importance!r} scores neurons, not weights; use it with Neurons")
+            if self.norm != 1:
+                raise ValueError("norm: expected none beside importance, which says what is ranked by")
+        if self.loss_fn is not None and not callable(self.loss_fn):
+            raise TypeError(f"loss_fn: expected a callable, got {type(self.loss_fn).__name__}")
+        check_count("seed", self.seed, 0)
+        if self.batches is not None:
+            check_count("batches", self.batches, 1)
 
     def block(self, rows: int, columns: int) -> tuple[int, int]:
         """The size of a group in a matrix [rows, columns]."""
@@ -89,12 +112,21 @@ def check_fraction(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected a number in [0, 1), got {value!r}")
 
 
+def check_count(name: str, value: object, least: int) -> None:
+    """TypeError for what is no whole number, ValueError below `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
 def prune_weights_(
     model: nn.Module,
     config: Magnitude | Mapping[str, Magnitude | None],
     *,
     filter_fn: _select.FilterFn | None = None,
     regrow: bool = False,
+    data: Iterable[Any] | None = None,
 ) -> PruneReport:
     """Masks the weights of Linear and Conv2d layers in place; `prune_` with a `Magnitude` does this.
 
@@ -104,17 +136,26 @@ def prune_weights_(
         filter_fn: `filter_fn(module, name) -> bool`.
         regrow: masks are drawn anew from the unmasked weights, so that one pruned earlier may come back. Otherwise
             pruned weights stay pruned.
+        data: iterable of `inputs` or `(inputs, *targets)`, for importances that need it.
 
     Raises:
-        ValueError: a weight holds NaN or has no storage yet, or a glob matches nothing. The model is left as it was.
+        ValueError: a weight holds NaN or has no storage yet, a glob matches nothing, an importance cannot be told or is
+            not finite, or a layer would be left empty that must not be. The model is left as it was.
     """
     chosen = _select.resolve(model, config, filter_fn, types=MASKABLE)
     for name, layer, _ in chosen:
         check_weight(name, layer)
     keeps = [torch.empty(0)] * len(chosen)
+    scores = _weigh(model, chosen, data)
     for members in _pools(chosen):
-        for index, keep in zip(members, _choose([chosen[i] for i in members], regrow), strict=True):
+        for index, keep in zip(members, _choose([chosen[i] for i in members], scores, regrow), strict=True):
             keeps[index] = keep
+    for (name, _, magnitude), keep in zip(chosen, keeps, strict=True):
+        if not magnitude.allow_empty and keep.numel() and not bool(keep.any()):
+            raise ValueError(
+                f"sparsity: {magnitude.sparsity:.4g} would leave layer {name!r} without weights; "
+                "prune less, or by layer, or leave it out with a glob or filter_fn="
+            )
 
     before = [_count(layer) for _, layer, _ in chosen]
     install([(layer, keep) for (_, layer, _), keep in zip(chosen, keeps, strict=True)])
@@ -179,15 +220,34 @@ def _pools(chosen: Sequence[tuple[str, nn.Module, Magnitude]]) -> list[list[int]
     return pools
 
 
+def _weigh(
+    model: nn.Module, chosen: Sequence[tuple[str, nn.Module, Magnitude]], data: Iterable[Any] | None
+) -> dict[str, Tensor]:
+    """Scores [out, in/groups * kernel] of the layers not ranked by their norm; each importance runs once."""
+    wanted: dict[Any, dict[str, nn.Module]] = {}
+    for name, layer, magnitude in chosen:
+        if magnitude.importance is not None:
+            key = (magnitude.importance, magnitude.loss_fn, magnitude.seed, magnitude.batches)
+            wanted.setdefault(key, {})[name] = layer
+    if len(wanted) > 1 and isinstance(data, Iterator):
+        data = list(data)  # read once per importance
+    scores: dict[str, Tensor] = {}
+    for (importance, loss_fn, seed, batches), layers in wanted.items():
+        scores |= importances.weigh(model, layers, importance, importances.Evidence(data, loss_fn, seed, batches))
+    return scores
+
+
 @torch.no_grad()
-def _choose(pool: Sequence[tuple[str, nn.Module, Magnitude]], regrow: bool) -> list[Tensor]:
+def _choose(
+    pool: Sequence[tuple[str, nn.Module, Magnitude]], scores: Mapping[str, Tensor], regrow: bool
+) -> list[Tensor]:
     """The masks of layers that are ranked together: bool, the weights' shapes."""
     magnitude = pool[0][2]
-    measure = importances.L1() if magnitude.norm == 1 or magnitude.granularity == "weight" else importances.L2()
+    norm = importances.L1() if magnitude.norm == 1 or magnitude.granularity == "weight" else importances.L2()
     chunks: list[Callable[[], Tensor]] = []
     keeps: list[Tensor] = []
     homes: list[tuple[Tensor, tuple[int, int]]] = []  # per chunk: its rows of a mask, its block size
-    for _, layer, _ in pool:
+    for name, layer, _ in pool:
         weight, present = unmasked_weight(layer), mask_of(layer)
         rows, columns = weight.shape[0], math.prod(weight.shape[1:])
         block = magnitude.block(rows, columns)
@@ -197,7 +257,8 @@ def _choose(pool: Sequence[tuple[str, nn.Module, Magnitude]], regrow: bool) -> l
         step = block[0] * max(1, CHUNK // max(1, block[0] * columns))
         for start in range(0, rows, step):
             part = slice(start, start + step)
-            score = partial(_scores, weight[part], None if kept is None else kept[part], block, measure)
+            rated = partial(_normed, weight[part], norm) if name not in scores else partial(_same, scores[name][part])
+            score = partial(_scores, rated, None if kept is None else kept[part], block)
             if block != (1, 1):  # few numbers from many: worth keeping
                 score = partial(_same, score())
             chunks.append(score)
@@ -212,16 +273,18 @@ def _choose(pool: Sequence[tuple[str, nn.Module, Magnitude]], regrow: bool) -> l
     return keeps
 
 
-def _scores(
-    weight: Tensor, kept: Tensor | None, block: tuple[int, int], measure: importances.WeightImportance
-) -> Tensor:
+def _scores(rated: Callable[[], Tensor], kept: Tensor | None, block: tuple[int, int]) -> Tensor:
     """One score per block of some rows of a weight, flat; -1 for blocks that are masked already."""
-    stand_in = _Weight(weight)
-    score = measure.weights(stand_in, {"": stand_in}, importances.Evidence())[""]
+    score = rated()
     if kept is None:
         return group_means(score, block).flatten()
     score = group_means(torch.where(kept, score, 0), block)
     return torch.where(group_any(kept, block), score, -1).flatten()
+
+
+def _normed(weight: Tensor, norm: importances.WeightImportance) -> Tensor:
+    stand_in = _Weight(weight)
+    return norm.weights(stand_in, {"": stand_in}, importances.Evidence())[""]
 
 
 def _same(scores: Tensor) -> Tensor:

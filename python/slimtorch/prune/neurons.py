@@ -32,7 +32,7 @@ from torch.nn.utils import parametrize
 from slimtorch import _select
 from slimtorch.prune import importance as importances
 from slimtorch.prune.importance import Evidence, Group, Importance, LossFn, Slots, call, usable
-from slimtorch.prune.magnitude import check_fraction, check_weight, keep_largest
+from slimtorch.prune.magnitude import check_count, check_fraction, check_weight, keep_largest
 from slimtorch.prune.report import PrunedLayer, PruneReport
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -60,14 +60,15 @@ class Neurons:
         ratio: share of the neurons to remove, in [0, 1); `round(ratio · n)` of the n of a layer, or of all layers
             together under "global", or fewer where `min_neurons` or `round_to` say so.
         importance: "l1", "l2" (norm of a neuron's weights), "apoz" (how often it is not zero on `data`), "taylor"
-            (on `data`, with `loss_fn`), "batchnorm" (scale of the batch norm after it), "random", or any object with
-            a method `neurons(model, groups, evidence)`.
+            (on `data`, with `loss_fn`; "taylor2" and "snip" too), "batchnorm" (scale of the batch norm after it),
+            "random", or any object with a method `neurons(model, groups, evidence)`.
         scope: "layer" ranks within each layer; "global" ranks over all, each layer's scores divided by their mean.
         seed: of "random".
         min_neurons: how many each layer keeps at least, >= 1.
         round_to: widths are rounded up to a multiple of this, >= 1 (vector units like 8 or 16).
         ignore: globs of names of layers whose neurons all stay.
-        loss_fn: for "taylor": `loss_fn(output, *targets) -> scalar`.
+        loss_fn: for "taylor", "taylor2" and "snip": `loss_fn(output, *targets) -> scalar`.
+        batches: how many of `data` to read; None: all. Fewer than that is an error.
 
     Raises:
         ValueError, TypeError: an argument is out of its range.
@@ -81,6 +82,7 @@ class Neurons:
     round_to: int = 1
     ignore: Sequence[str] = ()
     loss_fn: LossFn | None = None
+    batches: int | None = None
 
     def __post_init__(self) -> None:
         check_fraction("ratio", self.ratio)
@@ -88,11 +90,9 @@ class Neurons:
         if self.scope not in ("layer", "global"):
             raise ValueError(f"scope: expected 'layer' or 'global', got {self.scope!r}")
         for name, least in (("seed", 0), ("min_neurons", 1), ("round_to", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}: expected a whole number, got {value!r}")
-            if value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
+            check_count(name, getattr(self, name), least)
+        if self.batches is not None:
+            check_count("batches", self.batches, 1)
         globs = (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore)
         if not all(isinstance(glob, str) for glob in globs):
             raise TypeError(f"ignore: expected globs of layer names, got {self.ignore!r}")
@@ -451,7 +451,7 @@ def _rank(trial: nn.Module, candidates: Sequence[_Candidate], data: Iterable[Any
     removed: list[list[int]] = [[] for _ in candidates]
     for members in by_config.values():
         config = candidates[members[0]].config
-        evidence = Evidence(data, config.loss_fn, config.seed)
+        evidence = Evidence(data, config.loss_fn, config.seed, config.batches)
         groups = [candidates[i].group for i in members]
         scores = importances.get(config.importance).neurons(trial, groups, evidence)
         trial.zero_grad(set_to_none=True)

@@ -14,7 +14,7 @@ A schedule knows steps and shares only; `Pruner` draws the masks, from the weigh
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -179,6 +179,8 @@ class Pruner:
         filter_fn: `filter_fn(module, name) -> bool`.
         regrow: draw each mask anew, so that a weight pruned earlier may come back. What is masked gets no gradient;
             it comes back with the value it had, as far as the optimizer (momentum, weight decay) left it.
+        data: for importances that need it: an iterable of `inputs` or `(inputs, *targets)` that is read again at each
+            pruning step (a list or a loader, no iterator).
 
     Raises:
         TypeError, ValueError: as `prune_`. The model is left as it was.
@@ -192,6 +194,7 @@ class Pruner:
         *,
         filter_fn: _select.FilterFn | None = None,
         regrow: bool = False,
+        data: Iterable[Any] | None = None,
     ) -> None:
         if isinstance(schedule, type) or not all(hasattr(schedule, name) for name in ("last", "due", "sparsity")):
             raise TypeError(f"schedule: expected OneShot, Cubic, Iterative or the like, got {schedule!r}")
@@ -206,6 +209,7 @@ class Pruner:
         self.model = model
         self.schedule = schedule
         self.regrow = regrow
+        self.data = data
         self.steps = 0  # calls of step() so far
         self._final = {name: magnitude for name, _, magnitude in chosen}
         self._sizes = {name: _weight(layer).numel() for name, layer, _ in chosen}
@@ -236,7 +240,9 @@ class Pruner:
             targets = {
                 name: replace(m, sparsity=self.schedule.sparsity(now, m.sparsity)) for name, m in self._final.items()
             }
-            report = prune_weights_(self.model, _by_name(targets), filter_fn=_among(targets), regrow=self.regrow)
+            report = prune_weights_(
+                self.model, _by_name(targets), filter_fn=_among(targets), regrow=self.regrow, data=self.data
+            )
         self.steps = now + 1
         return report
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda/common/matmul_launch.cuh"
-#include "cuda/sparse_codebook/codes_tiles.cuh"
+#include "cuda/sparse_codebook/sparse_codebook_tiles.cuh"
 
 namespace slim::cuda::sparse_codebook {
 
@@ -21,8 +21,9 @@ Size size_for(const Activations& a) {
 }
 
 int64_t blocks_of(const Activations& a, Size size) {
-  return size == Size::wide ? matmul_blocks<Wide>(a) : size == Size::middle ? matmul_blocks<Middle>(a)
-                                                                            : matmul_blocks<Narrow>(a);
+  return size == Size::wide     ? matmul_blocks<Wide>(a)
+         : size == Size::middle ? matmul_blocks<Middle>(a)
+                                : matmul_blocks<Narrow>(a);
 }
 
 // Shares of the sum over k, until every multiprocessor has 16 warps: decoding waits for shared memory, so several warps
@@ -30,7 +31,8 @@ int64_t blocks_of(const Activations& a, Size size) {
 // so that there are at most eight.
 int splits_of(const Params& p) {
   const Size size = size_for(p.a);
-  const int64_t blocks = blocks_of(p.a, size), wanted = int64_t(p.device.multiprocessors) * (size == Size::wide ? 2 : 4);
+  const int64_t blocks = blocks_of(p.a, size),
+                wanted = int64_t(p.device.multiprocessors) * (size == Size::wide ? 2 : 4);
   int64_t splits = wanted / (blocks > 0 ? blocks : 1);
   const int64_t cells = (p.a.k + sparse::kCellDepth - 1) / sparse::kCellDepth;
   if (splits > cells / 4) splits = cells / 4;

@@ -13,7 +13,7 @@
 // does not fit into shared memory (more than 256 entries) is done in several turns, blockIdx.y, each walking the stream.
 #pragma once
 
-#include "cuda/sparse_codebook/walk.cuh"
+#include "cuda/sparse_codebook/sparse_codebook_walk.cuh"
 
 namespace slim::cuda::sparse_codebook {
 
@@ -84,9 +84,9 @@ constexpr int kMostBins = 256;
 
 struct SumsParams {
   Sums s;
-  int32_t bins;         // of a warp: whole tables
-  int32_t warps;        // of a block
-  int64_t table_sets;   // warps in all; with a table for each row unused
+  int32_t bins;        // of a warp: whole tables
+  int32_t warps;       // of a block
+  int64_t table_sets;  // warps in all; with a table for each row unused
 };
 
 // With a table for each row: grid x over rows (striding), results as T. Else: grid x times warps is table_sets, y over

@@ -15,7 +15,7 @@
 
 #include "cuda/common/matmul.cuh"
 #include "cuda/sparse/sparse_tiles.cuh"
-#include "cuda/sparse_codebook/walk.cuh"
+#include "cuda/sparse_codebook/sparse_codebook_walk.cuh"
 
 namespace slim::cuda::sparse_codebook {
 
@@ -39,7 +39,8 @@ struct CodeExact {
     const T* table = tables.of_row(r);
     float sum = 0.0f;
     uint32_t k = kNone;
-    for (int64_t e = p.w.row_offsets[r]; e < p.w.row_offsets[r + 1]; ++e) {
+    const int64_t last = p.w.row_offsets[r + 1], end = last < p.w.entries ? last : p.w.entries;
+    for (int64_t e = p.w.row_offsets[r]; e < end; ++e) {
       const uint32_t gap = load_constant(p.w.gaps + e);
       k += gap;
       if (gap == kSkip) continue;
@@ -74,8 +75,8 @@ class CodeWeights {
   static constexpr bool kExpands = false;
   static_assert(kStripThreads * kStrips == Tile::kThreads && kStripBytes % 16 == 0, "whole strips");
 
-  __device__ __forceinline__ CodeWeights(const Params& p, unsigned char* block_shared, int64_t row0, int group, int split,
-                                         int splits)
+  __device__ __forceinline__ CodeWeights(const Params& p, unsigned char* block_shared, int64_t row0, int group,
+                                         int split, int splits)
       : p_(p), fragments_(block_shared + kTableBytes) {
     const int cells = p.strip_cells, thread = int(threadIdx.x);
     first_ = int(int64_t(cells) * split / splits);
@@ -121,7 +122,9 @@ class CodeWeights {
     for (int64_t at = start + 16 * thread; at < end + 4; at += 16 * kStripThreads) {
       const int64_t left = end - at;
       copy_async<16>(to + sparse::kCellBytes + (at - start), p_.codes + (left > 0 ? at : 0),
-                     left >= 16 ? 16 : left > 0 ? int(left) : 0);
+                     left >= 16 ? 16
+                     : left > 0 ? int(left)
+                                : 0);
     }
     begin_ = end_;
     if (step + 1 < steps_) end_ = load_constant(p_.starts + cell_ + step + 2);
@@ -141,7 +144,8 @@ class CodeWeights {
   }
 
  private:
-  __device__ __forceinline__ void decode(unsigned char* own, const unsigned char* stage, int step, int strip, int lane) {
+  __device__ __forceinline__ void decode(unsigned char* own, const unsigned char* stage, int step, int strip,
+                                         int lane) {
     const unsigned char* cell = stage + strip * kStripBytes;
     const uint32_t mask = reinterpret_cast<const uint32_t*>(cell)[lane];
     const uint32_t count = uint32_t(popcount(mask));

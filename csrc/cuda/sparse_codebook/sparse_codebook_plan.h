@@ -24,7 +24,10 @@ struct CodesLayout {
   int64_t starts, codes;
 
   CodesLayout(int64_t rows, int64_t width, int64_t groups, int64_t code_bits)
-      : shape{rows / groups, width, groups, 0}, bits(code_bits <= 2 ? int(code_bits) : code_bits <= 4 ? 4 : 8) {
+      : shape{rows / groups, width, groups, 0},
+        bits(code_bits <= 2   ? int(code_bits)
+             : code_bits <= 4 ? 4
+                              : 8) {
     starts = sparse::kCellBytes * shape.cells();  // a multiple of 16
     codes = starts + (4 * (shape.cells() + 1) + 15) / 16 * 16;
   }

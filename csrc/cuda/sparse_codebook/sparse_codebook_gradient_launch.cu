@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda/common/launch.cuh"
-#include "cuda/sparse_codebook/gradient_kernel.cuh"
+#include "cuda/sparse_codebook/sparse_codebook_gradient.cuh"
 
 namespace slim::cuda::sparse_codebook {
 
 namespace {
 
-constexpr int64_t kMostBlocks = 1 << 20;         // kernels stride over what is left
-constexpr int64_t kMostPartial = int64_t(16) << 20;  // bytes of scratch for the sums of warps, if more than one table set
+constexpr int64_t kMostBlocks = 1 << 20;  // kernels stride over what is left
+constexpr int64_t kMostPartial = int64_t(16)
+                                 << 20;  // bytes of scratch for the sums of warps, if more than one table set
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -62,7 +63,8 @@ const char* offsets(const Csr& p, void* stream) {
   const dim3 threads(kCsrWarps * kWarp);
   if (const char* error = launch(count_kernel, {"sparse_codebook::count", blocks_of(p.w.rows), threads, 0, stream}, p))
     return error;
-  return launch(scan_kernel, {"sparse_codebook::scan", dim3(1), dim3(kScanThreads), kScanThreads / kWarp * 4, stream}, p);
+  return launch(scan_kernel, {"sparse_codebook::scan", dim3(1), dim3(kScanThreads), kScanThreads / kWarp * 4, stream},
+                p);
 }
 
 const char* positions(const Csr& p, void* stream) {

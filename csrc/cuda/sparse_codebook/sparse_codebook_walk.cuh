@@ -118,7 +118,8 @@ class Tables {
   __device__ __forceinline__ Tables(const Weight& w, unsigned char* shared, int bytes, int threads, int thread)
       : table_(static_cast<const T*>(w.codebook)), bits_(w.bits), group_size_(w.group_size) {
     mask_ = (1u << w.bits) - 1;
-    shift_ = w.group_size > 0 && (w.group_size & (w.group_size - 1)) == 0 ? 31 - leading_zeros(uint32_t(w.group_size)) : -1;
+    shift_ =
+        w.group_size > 0 && (w.group_size & (w.group_size - 1)) == 0 ? 31 - leading_zeros(uint32_t(w.group_size)) : -1;
     if (bytes) {
       T* to = reinterpret_cast<T*>(shared);
       const int count = int(w.tables) << w.bits;

@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/block_sparse/block_sparse_launch.cuh"
+
+namespace slim::cuda::block_sparse {
+
+const char* product_f32(const Product& p, const Shape& s, const Tiling& tiling, float* partial, void* stream) {
+  return product<float>(p, s, tiling, partial, stream);
+}
+
+}  // namespace slim::cuda::block_sparse
