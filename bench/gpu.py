@@ -531,8 +531,8 @@ NETWORKS = (
         "mlp, 80 % zero", perceptron, lambda model: slim.prune_(model, slim.prune.Magnitude(sparsity=0.8)), (16, 1024)
     ),
     Network(
-        "transformer block, 4 bits", lambda: TransformerBlock(4096, 32, 16384),
-        lambda model: slim.cluster_(model, slim.quantize.KMeans(bits=4)), (1, 1, 4096),
+        "transformer block, 4 bits", lambda: TransformerBlock(2048, 16, 8192),
+        lambda model: slim.cluster_(model, slim.quantize.KMeans(bits=4)), (1, 1, 2048),
     ),
 )  # fmt: skip
 

@@ -34,7 +34,11 @@ fi
 python="$(command -v "$PYTHON")" || no "no Python at $PYTHON"
 mkdir -p "$here"
 "$python" -c '
-import json, sys, torch
+import json, sys
+try:
+    import torch
+except ImportError:
+    sys.exit("gpu: " + sys.executable + " has no torch; set PYTHON to one with a torch that has CUDA")
 if not torch.cuda.is_available():
     sys.exit("gpu: the torch of " + sys.executable + " sees no CUDA device; set PYTHON to one with CUDA")
 p = torch.cuda.get_device_properties(0)

@@ -779,8 +779,12 @@ def _rounding(twin: nn.Linear | nn.Conv2d, dense: Tensor) -> float:
     """What one product of the dense layer may be off by, beside the rounding of a sum: as its library computes it."""
     rounding = 2 * torch.finfo(dense.dtype).eps
     if dense.device.type == "cuda" and dense.dtype == torch.float32:
-        conv = isinstance(twin, nn.Conv2d)
-        if torch.backends.cudnn.allow_tf32 if conv else torch.backends.cuda.matmul.allow_tf32:
+        library: Any = torch.backends.cudnn if isinstance(twin, nn.Conv2d) else torch.backends.cuda.matmul
+        try:
+            allowed = bool(library.allow_tf32)
+        except RuntimeError:  # torch does not say where it was set by the newer `fp32_precision`
+            allowed = True
+        if allowed:
             rounding += 2 * 2.0**-10  # both factors lose all but ten bits
     return rounding
 

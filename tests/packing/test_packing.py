@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -552,6 +553,42 @@ def test_nan_weights_are_named() -> None:
 
 
 # --- noise ---
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv2d])
+@pytest.mark.parametrize("allowed", [True, False])
+def test_on_a_gpu_the_dense_layer_may_round_to_tf32(
+    kind: type[nn.Module], allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conv = kind is nn.Conv2d
+    monkeypatch.setattr(torch.backends, "cudnn", SimpleNamespace(allow_tf32=allowed == conv))
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=allowed != conv))
+    layer: Any = nn.Conv2d(1, 1, 1) if conv else nn.Linear(1, 1)
+
+    def rounding(device: str, dtype: torch.dtype) -> float:
+        output: Any = SimpleNamespace(device=torch.device(device), dtype=dtype)
+        return packing._rounding(layer, output)
+
+    single, half = 2 * torch.finfo(torch.float32).eps, 2 * torch.finfo(torch.float16).eps
+    assert rounding("cpu", torch.float32) == single
+    assert rounding("cuda", torch.float16) == half
+    assert rounding("cuda", torch.float32) == single + (2.0**-9 if allowed else 0)
+
+
+def test_times_are_taken_where_the_inputs_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def interleave(calls: Mapping[str, Any], *, device: Any, **options: Any) -> dict[str, Latency]:
+        asked.append(device)
+        return {name: Latency(1e-3, 1e-3, 1e-3, 1, 1) for name in calls}
+
+    monkeypatch.setattr(packing, "interleave", interleave)
+    layer = nn.Linear(64, 64)
+    slim.prune_(layer, slim.prune.Magnitude(sparsity=0.9))
+    x = torch.randn(4, 64)
+    slim.pack_(layer, x, formats="sparse", objective="size")
+    assert len(asked) >= 2  # of the layer, and of the whole model
+    assert set(asked) == {x.device}
 
 
 def test_noisy_times_are_compared_by_their_undisturbed_samples(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, cast
@@ -66,14 +67,16 @@ def says_out_of_memory(function: Operator) -> Operator:
         try:
             return function(x, *args, **kwargs)
         except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and _ALLOCATES in str(error) and x.device.type == "cuda":
+            said = not isinstance(error, torch.OutOfMemoryError) and _ALLOCATES.search(str(error))
+            if said and x.device.type == "cuda":
                 raise torch.OutOfMemoryError(f"{function.__name__}: out of memory on {x.device}") from error
             raise
 
     return cast(Operator, checked)
 
 
-_ALLOCATES = "aten::new_empty"  # in the text of an error: the call that failed
+# In the text of an error: the call that failed. With sizes that were checked, memory is all that these can lack.
+_ALLOCATES = re.compile(r"aten::(new_empty|new_zeros|empty|zeros|clone|contiguous)\b")
 
 
 def is_inference(x: Tensor, values: Tensor, bias: Tensor | None) -> bool:
