@@ -23,9 +23,9 @@ class SignWeights {
  public:
   using Value = T;
   struct Params {
-    const uint8_t* words;      // [groups][blocks][rows] of 8 bytes
-    int64_t rows, blocks;      // of a group, see FloatLayout
-    const void* scale;         // [n] of T
+    const uint8_t* words;  // [groups][blocks][rows] of 8 bytes
+    int64_t rows, blocks;  // of a group, see FloatLayout
+    const void* scale;     // [n] of T
   };
   static constexpr int kBlocks = Tile::kDepth / 64;
   static constexpr int kStageBytes = kBlocks * Tile::kRows * 8, kBlockBytes = 0;

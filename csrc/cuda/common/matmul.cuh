@@ -202,7 +202,8 @@ __device__ __forceinline__ void multiply_row(float (&d)[kJ][4], const uint32_t (
 
 // d[i][j] += a[i] b[j].
 template <class T, bool kTf32, int kI, int kJ>
-__device__ __forceinline__ void multiply(float (&d)[kI][kJ][4], const uint32_t (&a)[kI][4], const uint32_t (&b)[kJ][2]) {
+__device__ __forceinline__ void multiply(float (&d)[kI][kJ][4], const uint32_t (&a)[kI][4],
+                                         const uint32_t (&b)[kJ][2]) {
   const Factors<T, kJ> factors(b);
 #pragma unroll
   for (int i = 0; i < kI; ++i) multiply_row<T, kTf32>(d[i], a[i], factors);
