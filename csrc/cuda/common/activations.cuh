@@ -2,19 +2,20 @@
 // Activations as the B operand of the main loop: k x columns, from global to shared memory and on to fragments.
 //
 //   linear       x [columns, k]: a stage is [column][k], fragments by ldmatrix
-//   convolution  x [batch, channels, height, width]: a stage is [k][pixel], fragments by ldmatrix.trans (float32 by plain
-//                loads); k counts (channel, r, s), columns count output pixels over all images
+//   convolution  x [batch, channels, height, width]: a stage is [k][pixel], fragments by ldmatrix.trans (float32 by
+//                plain loads); k counts (channel, r, s), columns count output pixels over all images
 //
 // Rows of a stage lie in chunks of 16 bytes, chunk c of row r at place c ^ f(r), so that the eight rows that ldmatrix
 // reads at once lie in different banks. What lies beyond k or beyond the last column is zero.
 //
-// Copies are asynchronous, as wide as address and strides allow (16, 8 or 4 bytes; all threads of a block alike). 16-bit
-// pixels of k x k convolutions cannot be copied so: load() fetches them into registers, and store() puts them into shared
-// memory after the products of another step have hidden the wait. Rows of 16-bit numbers at odd addresses are rare: those
-// are fetched and put at once.
+// Copies are asynchronous, as wide as address and strides allow (16, 8 or 4 bytes; all threads of a block alike).
+// 16-bit pixels of k x k convolutions cannot be copied so: load() fetches them into registers, and store() puts them
+// into shared memory after the products of another step have hidden the wait. Rows of 16-bit numbers at odd addresses
+// are rare: those are fetched and put at once.
 //
-// A convolution asks for the same (channel, r, s) at every pixel, so a table in shared memory holds for each k of a step
-// its offset in the image and its place under the kernel; each thread keeps one or two pixels and goes down the table.
+// A convolution asks for the same (channel, r, s) at every pixel, so a table in shared memory holds for each k of a
+// step its offset in the image and its place under the kernel; each thread keeps one or two pixels and goes down the
+// table.
 #pragma once
 
 #include "cuda/common/device.cuh"
@@ -32,8 +33,8 @@ __device__ __forceinline__ int low_bit(uint64_t v) {
   return b == 0 ? 16 : b & -b;
 }
 
-// Bytes from the start of a tile to a byte of a row, in rows of kRowBytes. kWords: fragments are read word by word, four
-// rows of 32 bytes at once; else by ldmatrix, eight rows of 16 bytes.
+// Bytes from the start of a tile to a byte of a row, in rows of kRowBytes. kWords: fragments are read word by word,
+// four rows of 32 bytes at once; else by ldmatrix, eight rows of 16 bytes.
 template <int kRowBytes, bool kWords>
 __device__ __forceinline__ int place(int row, int byte) {
   constexpr int kChunks = kRowBytes / 16;

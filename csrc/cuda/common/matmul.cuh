@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The main loop of all families: Y^T [n, columns] = W [n, k] X^T [k, columns].
 //
-// Weights are the A operand of the tensor cores (16 rows at a time), activations the B operand (8 columns: rows of x, or
-// output pixels), so that a single row of x costs one tile of eight columns. How weights are stored is the family's
+// Weights are the A operand of the tensor cores (16 rows at a time), activations the B operand (8 columns: rows of x,
+// or output pixels), so that a single row of x costs one tile of eight columns. How weights are stored is the family's
 // affair, told by a policy:
 //
 //   template <class T /* Half, BFloat16 or float */, class Tile> struct Weights {
@@ -27,6 +27,7 @@
 // * Optional: `static constexpr int kSlab` (a divisor of Tile::kDepth, a multiple of 8) and `depth(int step, int slab)`
 //   instead of depth(step): a step is then put together of slabs that lie anywhere in k, as blocks do, but begin at
 //   multiples of 8 (float: 4); one at or beyond the last k is empty.
+<<<<<<< HEAD
 // * Optional, where zeros that are not stored are multiplied too, which would turn a NaN or Inf among the activations into
 //   NaN in all rows: `using Exact = …`, a struct (of no tile, so that tiles share a kernel) with the same Params and
 //   `static __device__ float exact(const Params&, const Activations&, int group, int64_t row, int64_t column)`, the sum
@@ -40,12 +41,31 @@
 //   so, and activations are read only for them.
 // * Optional, where tiles differ in work: `static int64_t tiles(const Params&)` and `static __device__ void tile(const
 //   Params&, unsigned index, int64_t& row0, int& group)`, the order in which row tiles of all groups start.
+=======
+// * Optional, where zeros that are not stored are multiplied too, which would turn a NaN or Inf among the activations
+//   into NaN in all rows: `using Exact = …`, a struct (of no tile, so that tiles share a kernel) with the same Params
+//   and `static __device__ float exact(const Params&, const Activations&, int group, int64_t row, int64_t column)`, the
+//   sum of one output (row within the group) over stored weights alone. Every sum that is NaN is asked for anew. (One
+//   that is Inf is right: a zero times Inf would have made it NaN.)
+// * Optional: `static __device__ float scale(const Params&, int64_t row)`, a factor of each row (over all groups) of
+//   the sums; the bias is added after it. Not together with Exact.
+// * Optional: `static constexpr bool kTf32 = true` where weights of float32 are exact in tf32: two products then, not
+//   three.
+>>>>>>> cuda_main
 // * depth() is asked in every step before its loads: keep what it needs in registers or the block's shared memory.
 // * expand() may write to the block's shared memory: a barrier stands between it and the products of the step before.
 // * load(stage, step) may run while other threads still do the products of step - kStages + 1 and later ones.
 //
 // A step in flight takes a stage of shared memory: activations, then the policy's bytes. While one step is multiplied,
-// kStages - 1 others are on their way. Within a step fragments of 16-bit numbers are loaded one k ahead of their products.
+// kStages - 1 others are on their way. Within a step fragments of 16-bit numbers are loaded one k ahead of their
+// products.
+//
+// What bounds it, predicted from instruction counts; none of it has been timed on a GPU. A step of a 128 x 128 x 32
+// tile in 16 bit, 2 x 4 warps, is 256 mma of 2048 products: 512 cycles of an SM's tensor cores on A100, about 410 on
+// H100 (where mma.sync reaches some 62 % of the peak). Beside them shared memory is busy 384 cycles with 96 ldmatrix x4
+// and up to 128 with what lands: as long as the tensor cores on A100, longer on H100, where warps of 64 x 64 (256 +
+// 128) fit better. With 8 columns each weight meets 8 products: device memory bounds it, by the bytes of weights as
+// stored. float32 takes six times the tensor time of 16 bit.
 //
 // float32 runs as three products of tf32: each factor is split into hi + lo, 11 bits each, and hi hi + hi lo + lo hi is
 // summed; what is left out is below 2^-22 of a product.
@@ -134,9 +154,9 @@ struct MatmulShape {
   static_assert(W::kStageBytes % 16 == 0 && W::kBlockBytes % 16 == 0, "memory in chunks of 16 bytes");
 };
 
-// v = hi + lo but for its last bit or two, both in tf32 (the tensor cores drop the lower 13 bits). Inf and NaN go to lo,
-// with 1 for hi: each lo meets the hi of the other factor alone, so that Inf does not become NaN by a lo of 0. Finite
-// numbers that would round to Inf are cut off. Rounding is done on integers: cvt.rna would be ten instructions.
+// v = hi + lo but for its last bit or two, both in tf32 (the tensor cores drop the lower 13 bits). Inf and NaN go to
+// lo, with 1 for hi: each lo meets the hi of the other factor alone, so that Inf does not become NaN by a lo of 0.
+// Finite numbers that would round to Inf are cut off. Rounding is done on integers: cvt.rna would be ten instructions.
 template <int kCount>
 __device__ __forceinline__ void split_tf32(const uint32_t (&v)[kCount], uint32_t (&hi)[kCount],
                                            uint32_t (&lo)[kCount]) {

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gradients of weights: G [n, columns] X^T [columns, k], summed over all columns, of which a family keeps the entries that
-// it stores. A block computes a tile of Rows x Cols of them, Cols counting k, Depth columns in a step:
+// Gradients of weights: G [n, columns] X^T [columns, k], summed over all columns, of which a family keeps the entries
+// that it stores. A block computes a tile of Rows x Cols of them, Cols counting k, Depth columns in a step:
 //
 //   linear       G [columns, n], X [columns, k]: stages are [column][row] and [column][k], fragments by ldmatrix.trans
 //                (float32 by plain loads)
-//   convolution  G [batch, n, pixels], X the lowered input: stages are [row][pixel] and [k][pixel], fragments by ldmatrix
+//   convolution  G [batch, n, pixels], X the lowered input: stages are [row][pixel] and [k][pixel], fragments by
+//                ldmatrix
 //
 // A family tells by a policy where tiles lie and what is kept of them:
 //
@@ -25,8 +26,8 @@
 // nothing that is not stored is computed; unstructured weights compute whole tiles and keep what they store. Where
 // columns are many and tiles few, columns are split: keep() then writes floats, and add_kernel adds them up in order.
 //
-// Bound by the tensor cores once Rows and Cols are 128 (64 products for each byte loaded in 16 bit), by the second-level
-// cache for a tile of 16 rows (14 a byte).
+// Predicted, not timed: bound by the tensor cores once Rows and Cols are 128 (32 products for each byte loaded in 16
+// bit), by the second-level cache for a tile of 16 rows (7 a byte).
 #pragma once
 
 #include "cuda/common/activations.cuh"
@@ -55,7 +56,8 @@ class OuterLoads {
   static constexpr int kGradBytes = Tile::kRows * Tile::kDepth * kSize;
   static constexpr int kStageBytes = (Tile::kRows + Tile::kCols) * Tile::kDepth * kSize;
   static constexpr bool kWords = !kConv && kSize == 4;  // fragments are read word by word
-  // Convolutions: of each k of the tile (offset in an image, y, x, unused); of each pixel of a step (y, x, image, index).
+  // Convolutions: of each k of the tile (offset in an image, y, x, unused); of each pixel of a step (y, x, image,
+  // index).
   static constexpr int kTableBytes = kConv ? (Tile::kCols + Tile::kStages * Tile::kDepth) * 16 : 0;
   static_assert(Tile::kCols % K::kSlab == 0 && K::kSlab % 8 == 0, "slabs of whole fragments");
 
@@ -153,8 +155,8 @@ class OuterLoads {
   static constexpr int kFetches = kConv && kSize == 2 ? (kLines + kRowsAtOnce - 1) / kRowsAtOnce : 1;
   static_assert(Tile::kThreads % Tile::kDepth == 0 && Tile::kThreads % 32 == 0, "each thread has a place in all rows");
 
-  // A linear layer: lines of the operand are columns of the product, along them lie rows of G or k of X. Each thread has
-  // one chunk of some lines.
+  // A linear layer: lines of the operand are columns of the product, along them lie rows of G or k of X. Each thread
+  // has one chunk of some lines.
   template <int kLines, bool kGrad>
   __device__ __forceinline__ void load_lines(unsigned char* stage, int vector, int64_t column0) {
     if (vector == 16)

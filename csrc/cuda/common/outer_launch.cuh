@@ -12,8 +12,8 @@ constexpr int outer_shared() {
   return OuterShape<K, kConv, Tile>::kSharedBytes;
 }
 
-// Runs the policy's tiles 0 … tiles - 1 in `splits` shares of the columns each (at most 65535). a.y is the gradient of the
-// output. Returns null, or what is wrong.
+// Runs the policy's tiles 0 … tiles - 1 in `splits` shares of the columns each (at most 65535). a.y is the gradient of
+// the output. Returns null, or what is wrong.
 template <class K, bool kConv, class Tile>
 const char* outer(const char* name, const Activations& a, const typename K::Params& kept, int64_t tiles, int splits,
                   void* stream) {
