@@ -27,21 +27,6 @@
 // * Optional: `static constexpr int kSlab` (a divisor of Tile::kDepth, a multiple of 8) and `depth(int step, int slab)`
 //   instead of depth(step): a step is then put together of slabs that lie anywhere in k, as blocks do, but begin at
 //   multiples of 8 (float: 4); one at or beyond the last k is empty.
-<<<<<<< HEAD
-// * Optional, where zeros that are not stored are multiplied too, which would turn a NaN or Inf among the activations into
-//   NaN in all rows: `using Exact = …`, a struct (of no tile, so that tiles share a kernel) with the same Params and
-//   `static __device__ float exact(const Params&, const Activations&, int group, int64_t row, int64_t column)`, the sum
-//   of one output (row within the group) over stored weights alone. Every sum that is NaN is asked for anew. (One that is
-//   Inf is right: a zero times Inf would have made it NaN.)
-// * Optional: `static __device__ float scale(const Params&, int64_t row)`, a factor of each row (over all groups) of the
-//   sums; the bias is added after it. Not together with Exact.
-// * Optional: `static constexpr bool kTf32 = true` where weights of float32 are exact in tf32: two products then, not three.
-// * Optional, where much of a tile is empty: `static constexpr bool kSkips = true` and `bool stored(const unsigned char*
-//   stage, int step, int row, int k)`, the same in all lanes: fragment() is asked for, and multiplied, only where it says
-//   so, and activations are read only for them.
-// * Optional, where tiles differ in work: `static int64_t tiles(const Params&)` and `static __device__ void tile(const
-//   Params&, unsigned index, int64_t& row0, int& group)`, the order in which row tiles of all groups start.
-=======
 // * Optional, where zeros that are not stored are multiplied too, which would turn a NaN or Inf among the activations
 //   into NaN in all rows: `using Exact = …`, a struct (of no tile, so that tiles share a kernel) with the same Params
 //   and `static __device__ float exact(const Params&, const Activations&, int group, int64_t row, int64_t column)`, the
@@ -51,7 +36,11 @@
 //   the sums; the bias is added after it. Not together with Exact.
 // * Optional: `static constexpr bool kTf32 = true` where weights of float32 are exact in tf32: two products then, not
 //   three.
->>>>>>> cuda_main
+// * Optional, where much of a tile is empty: `static constexpr bool kSkips = true` and `bool stored(const unsigned char*
+//   stage, int step, int row, int k)`, the same in all lanes: fragment() is asked for, and multiplied, only where it says
+//   so, and activations are read only for them.
+// * Optional, where tiles differ in work: `static int64_t tiles(const Params&)` and `static __device__ void tile(const
+//   Params&, unsigned index, int64_t& row0, int& group)`, the order in which row tiles of all groups start.
 // * depth() is asked in every step before its loads: keep what it needs in registers or the block's shared memory.
 // * expand() may write to the block's shared memory: a barrier stands between it and the products of the step before.
 // * load(stage, step) may run while other threads still do the products of step - kStages + 1 and later ones.
