@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The block-sparse operators on CUDA, or in the emulator: every tile, type and kernel against the reference in float64."""
+"""The block-sparse operators on CUDA, or in the emulator: tiles, types and kernels against the float64 reference."""
 
 from __future__ import annotations
 
@@ -28,9 +28,7 @@ def tensors(problem: Problem, block_size: tuple[int, int], dtype: torch.dtype) -
 
 
 def moved(device: Device, weight: BlockSparse) -> BlockSparse:
-    values, columns, offsets = (
-        device.move(t) for t in (weight.values, weight.block_columns, weight.block_row_offsets)
-    )
+    values, columns, offsets = (device.move(t) for t in (weight.values, weight.block_columns, weight.block_row_offsets))
     return BlockSparse(values, columns, offsets, weight.shape, weight.block_size)
 
 
@@ -156,9 +154,7 @@ def test_linear_tiles(device: Device, m: int, n: int, k: int, size: tuple[int, i
 
 
 @each_dtype
-@pytest.mark.parametrize(
-    "size", [(16, 16), (32, 64), (64, 64), (8, 8), (16, 8), (3, 5), (4, 16)], ids=str
-)
+@pytest.mark.parametrize("size", [(16, 16), (32, 64), (64, 64), (8, 8), (16, 8), (3, 5), (4, 16)], ids=str)
 def test_linear_gradients(device: Device, size: tuple[int, int], dtype: torch.dtype) -> None:
     for shape in ((19, 70, 45), (37, 40, 300)):
         x, weight, _ = tensors(LinearProblem("", *shape, 0.3, seed=3), size, dtype)
@@ -265,9 +261,7 @@ def test_conv2d_without_plans(device: Device) -> None:
 
 
 @each_dtype
-def test_autograd_through_the_wrappers(
-    device: Device, wrappers: Callable[[str], Any], dtype: torch.dtype
-) -> None:
+def test_autograd_through_the_wrappers(device: Device, wrappers: Callable[[str], Any], dtype: torch.dtype) -> None:
     ops = wrappers("block_sparse")
     problem = ConvProblem("", 2, 16, 32, 6, 6, padding=(1, 1), density=0.4, seed=9)
     for p, call, options in (
@@ -295,7 +289,7 @@ def test_autograd_through_the_wrappers(
 
 
 def test_plans_are_checked(device: Device) -> None:
-    x, weight, bias = tensors(LinearProblem("", 3, 40, 64, 0.4, seed=1), (16, 16), torch.float32)
+    x, weight, _ = tensors(LinearProblem("", 3, 40, 64, 0.4, seed=1), (16, 16), torch.float32)
     other = plan(device, tensors(LinearProblem("", 3, 400, 64, 0.4, seed=1), (16, 16), torch.float32)[1], 1)
     on = moved(device, weight)
     with pytest.raises(RuntimeError, match="made for a matrix of other sizes"):
