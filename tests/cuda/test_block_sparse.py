@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The block-sparse operators on CUDA, or in the emulator: every tile, type and kernel against the reference in float64."""
+"""The block-sparse operators on CUDA, or in the emulator: tiles, types and kernels against the float64 reference."""
 
 from __future__ import annotations
 
@@ -289,7 +289,7 @@ def test_autograd_through_the_wrappers(device: Device, wrappers: Callable[[str],
 
 
 def test_plans_are_checked(device: Device) -> None:
-    x, weight, bias = tensors(LinearProblem("", 3, 40, 64, 0.4, seed=1), (16, 16), torch.float32)
+    x, weight, _ = tensors(LinearProblem("", 3, 40, 64, 0.4, seed=1), (16, 16), torch.float32)
     other = plan(device, tensors(LinearProblem("", 3, 400, 64, 0.4, seed=1), (16, 16), torch.float32)[1], 1)
     on = moved(device, weight)
     with pytest.raises(RuntimeError, match="made for a matrix of other sizes"):

@@ -138,9 +138,9 @@ class BlockSparse(WithPlans):
     def plan(self, groups: int = 1, *, transposed: bool = False) -> Tensor | None:
         """How kernels walk the positions (opaque): derived once, cached, never saved.
 
-        For the CPU these are bytes. For CUDA they are made on the CPU and moved, so the first call for a weight waits for
-        the device; call a layer once before it is captured in a CUDA graph. None while a graph is being traced and nothing
-        is cached (the kernel then does without, more slowly), and on other devices.
+        For the CPU these are bytes. For CUDA they are made on the CPU and moved, so the first call for a weight waits
+        for the device; call a layer once before it is captured in a CUDA graph. None while a graph is being traced and
+        nothing is cached (the kernel then does without, more slowly), and on other devices.
 
         Raises:
             TypeError, ValueError: the format breaks an invariant (see ``validate``); checked before the first plan.

@@ -77,8 +77,8 @@ def block_sparse_conv2d(
     """2-D cross-correlation with a block-sparse weight.
 
     Args:
-        x: ``[N, C, H, W]`` or ``[C, H, W]``, float32, bfloat16 or float64 (on CUDA: float16, not float64), of the dtype of
-            ``weight.values``.
+        x: ``[N, C, H, W]`` or ``[C, H, W]``, float32, bfloat16 or float64 (on CUDA: float16, not float64), of the dtype
+            of ``weight.values``.
         weight: the packed ``[out_channels, C / groups, kh, kw]`` weight.
         bias: ``[out_channels]`` or None.
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d`` (padding in zeros, per side).
