@@ -2,15 +2,16 @@
 // Weights that are indices into small tables, times activations, on a GPU: y = W x (+ bias, ReLU),
 // W[r][c] = table(r, c)[code].
 //
-// The canonical codes are a stream of bits, row after row. Kernels prefer the plan: the same codes in the order in which
-// the lanes of a warp need them as A fragments, so that nothing is moved between lanes. For every group of a convolution
+// The canonical codes are a stream of bits, row after row. Kernels prefer the plan: the same codes in the order in
+// which the lanes of a warp need them as A fragments, so that nothing is moved between lanes. For every group of a
+// convolution
 //
 //   row tile 0 (16 rows)   | slab 0 (64 k) | slab 1 | …        slab: bits x 32 words, [word][lane], 128 * bits bytes
 //   row tile 1             | slab 0        | slab 1 | …
 //
 // The words of lane 4 g + t are 32 codes without gaps, lowest bit first; code 8 f + 2 r + e is that of
 //
-//   row g + 8 (r & 1), column 16 f + 8 (r >> 1) + 2 t + e      of the slab: f: which m16n8k16 product, r: which register
+//   row g + 8 (r & 1), column 16 f + 8 (r >> 1) + 2 t + e     of the slab; f: which m16n8k16 product, r: which register
 //
 // Rows and columns beyond the weight's have code 0.
 #pragma once
@@ -45,7 +46,7 @@ constexpr int64_t plan_bytes(int64_t rows, int64_t width, int64_t bits, int64_t 
 
 // The launchers return null, or what is wrong; `stream` is a cudaStream_t.
 
-// Shared memory of the kernel for few columns (codebook_few.cuh): its pair table and four slabs of x for each of 16 warps.
+// Shared memory of the kernel for few columns (codebook_few.cuh): pair table, and four slabs of x for each of 16 warps.
 constexpr int64_t few_columns_shared(int bits, int64_t columns) {
   return (int64_t(128) << 2 * bits) + 16 * 4 * (columns <= 8 ? 8 : 16) * kSlab * 2;
 }

@@ -4,12 +4,13 @@
 // A block has 32 rows of the weight and all of k, and 16 warps take turns at its slabs of 64 columns, so sums are split
 // between warps and meet in shared memory, in their order: no workspace, no second kernel.
 //
-//   registers   the codes of the next kRing slabs of this warp, straight from the plan: with 4 bits 64 KiB of a
-//               multiprocessor's are on their way at once, asked for before anything else is done
-//   shared      x of the same slabs, copied in the background, [warp][slab][row of x][64], chunk c of row r at c ^ (r & 7)
-//               (one barrier of a warp per slab, none of the block); the pair table of PairWeights
+//   registers   the codes of the next kRing slabs of this warp, straight from the plan: with 4 bits 64 KiB of a block's
+//               are on their way at once, asked for before anything else is done
+//   shared      x of the same slabs, copied in the background: [warp][slab][row of x][64], chunk c (16 bytes) of row r
+//               at c ^ (r & 7); two barriers of a warp a slab, none of the block. The pair table of PairWeights
 //
-// Bound by the bytes of codes. Beside them a slab costs 4 instructions for two weights' look-up, in a fragment of 256.
+// Meant to be bound by the bytes of the codes: two weights of a lane cost a shift, an AND, and a look-up that no other
+// lane is in the way of.
 #pragma once
 
 #include "cuda/codebook/codebook.h"

@@ -24,9 +24,9 @@ struct TileSize {
   int rows, columns, depth;
 };
 
-// The tiles that are instantiated (codebook_*_launch.cu). Up to 16 columns: 8 warps share a table. More columns: a fragment,
-// once looked up, serves 64 columns, eight products of 8 cycles each on an A100, so that looking up the next one hides
-// behind them. Stages of float32 are twice as large: 64 rows.
+// The tiles that are instantiated (codebook_*_launch.cu). Up to 16 columns: 8 warps share a table. More columns: a
+// fragment, once looked up, serves 64 columns, eight products of 8 cycles each on an A100, so that looking up the next
+// one hides behind them. Stages of float32 are twice as large: 64 rows.
 constexpr TileSize tile_size(bool conv, bool f32, Kernel kernel, int64_t columns) {
   if (conv) return {64, 64, 64};
   if (f32) return {64, columns <= 16 ? 16 : 64, 64};

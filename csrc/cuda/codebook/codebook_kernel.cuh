@@ -14,7 +14,7 @@ __device__ __forceinline__ int64_t table_of(const Weight& w, int64_t row, int64_
   return table << w.bits;
 }
 
-// ---- decode ----------------------------------------------------------------------------------------------------------
+// ---- decode ---------------------------------------------------------------------------------------------------------
 
 struct DecodeParams {
   Weight w;
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_kernel(const DecodePara
   }
 }
 
-// ---- sums of members -------------------------------------------------------------------------------------------------
+// ---- sums of members ------------------------------------------------------------------------------------------------
 
 // A table has the members [row0, row1) x [column0, column1). They are cut into chunks, of which each is one block's; in
 // it every lane of every warp has sums of its own, [warp][entry][lane] in shared memory: no atomics, no conflicts. They
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(256) sum_reduce_kernel(const SumReduceParams p
   }
 }
 
-// ---- convolutions with few rows in a group ---------------------------------------------------------------------------
+// ---- convolutions with few rows in a group --------------------------------------------------------------------------
 
 // A tile of tensor cores would be mostly padding: a block has one output channel and kPixels pixels, of which each
 // thread computes one. The channel's weights are decoded to shared memory, kTaps at a time, with each the place of its

@@ -40,8 +40,8 @@ const char* decode(const Weight& w, DType type, void* out, void* stream) {
   });
 }
 
-// Blocks of at least 16384 members, some hundreds of them over all tables. It must not depend on the device: the chunks'
-// sums are added up.
+// Blocks of at least 16384 members, some hundreds of them over all tables. It must not depend on the device: the sums
+// of the chunks are added up.
 int64_t sum_chunks(const Weight& w) {
   if (w.table_count == 0) return 1;
   const int64_t members = ceil_div(w.rows * w.width, w.table_count), wanted = ceil_div(512, w.table_count);

@@ -8,12 +8,13 @@
 //
 //   PairWeights    16-bit values, one table, up to 4 bits: two neighbouring codes are one index into a table of pairs,
 //                  2^(2 bits) words, each 32 times, [pair][lane] (after FLUTE, arXiv 2407.10960): no two lanes ever
-//                  share a bank, and a word is a whole register of the fragment. 4 bits: 32 KiB, 4 look-ups a fragment.
+//                  share a bank, and a word is a whole register of the fragment. 4 bits: 32 KiB, 4 look-ups for
+//                  16 x 16 weights.
 //   SingleWeights  the rest, a code at a time. One table: [entry][lane], 32 times too. Tables per group of columns or
 //                  per row: all that the block needs, as they are. Tables that do not fit, and groups that a fragment
 //                  may straddle, are read from global memory: slow, but right.
 //
-// Extracting: the bits of a fragment's codes are shifted up by the size of a table entry once, (high, low) = v << shift;
+// Extracting: the bits of a fragment's codes are shifted up by the size of a table entry once, high:low = v << shift;
 // then one funnel shift and one AND give the byte offset of an entry.
 #pragma once
 
