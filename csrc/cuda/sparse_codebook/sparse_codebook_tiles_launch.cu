@@ -26,9 +26,9 @@ int64_t blocks_of(const Activations& a, Size size) {
                                 : matmul_blocks<Narrow>(a);
 }
 
-// Shares of the sum over k, until every multiprocessor has 16 warps: decoding waits for shared memory, so several warps
-// have to take turns. A share is at least four cells, and shares are written and read again, 8 bytes for an output each,
-// so that there are at most eight.
+// Shares of the sum over k, until there are four blocks of four warps, or two of eight, for every multiprocessor: decoding
+// waits for shared memory, so several warps have to take turns. A share is at least four cells, and shares are written
+// and read again, 8 bytes for an output each, so that there are at most eight.
 int splits_of(const Params& p) {
   const Size size = size_for(p.a);
   const int64_t blocks = blocks_of(p.a, size),
