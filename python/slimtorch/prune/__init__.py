@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pruning: masks for weights, blocks, rows and columns; removal of neurons and channels; schedules."""
 
-from slimtorch.prune import scratch
+from slimtorch.prune import lottery, scratch
 from slimtorch.prune._verb import prune_
 from slimtorch.prune.importance import (
     L1,
@@ -57,6 +57,7 @@ __all__ = [
     "Taylor",
     "WeightImportance",
     "bake_",
+    "lottery",
     "mask_like_",
     "masks",
     "prune_",

@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lottery tickets: iterative magnitude pruning with rewinding (Frankle & Carbin, 1803.03635; late rewinding: Frankle et
+al., "Stabilizing the Lottery Ticket Hypothesis", 1903.01611).
+
+    dense, θ0 ──train──▶ θT ──smallest weights──▶ mask ──rewind to θ0 or θk──▶ ticket ──train──▶ …  once per round
+
+    for ticket in slim.prune.lottery.search(model, train, rounds=5, rates=0.2, folder=Path("tickets")):
+        print(ticket.remaining, ticket.result)
+
+A ticket is a mask and the weights to start from. Its controls are tickets too: `with_start` (other weights under the
+same mask, for example newly drawn ones) and `shuffled` (the same weights under a random mask of equal density).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from slimtorch import _select
+from slimtorch.prune.magnitude import Magnitude, check_count, check_fraction, check_weight, prune_weights_
+from slimtorch.prune.mask import MASKABLE, install, mask_of, masks
+
+Train = Callable[[nn.Module, int, Callable[[], None]], Any]
+"""`train(model, start, after_step) -> result`: trains in place from step `start` on, calls `after_step()` after each
+optimizer step, and returns anything JSON-ready."""
+
+_WEIGHT = ".parametrizations.weight.original"
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A sparse network before training.
+
+    Attributes:
+        round: prunings that led here; 0 is the dense network.
+        step: the step of training that `start` comes from; 0: before the first.
+        masks: layer name → bool tensor, True where a weight is kept.
+        start: state of the model without masks, as its class has it: weights to train from.
+        final: the same after training under the masks; empty where it was not trained.
+        result: what `train` returned.
+        config: what the search was asked for.
+    """
+
+    round: int
+    step: int
+    masks: dict[str, Tensor]
+    start: dict[str, Tensor]
+    final: dict[str, Tensor] = field(default_factory=dict)
+    result: Any = None
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def remaining(self) -> float:
+        """The share of the weights under masks that is kept, in [0, 1]."""
+        total = sum(mask.numel() for mask in self.masks.values())
+        return sum(int(mask.sum()) for mask in self.masks.values()) / total if total else 1.0
+
+    def apply_(self, model: nn.Module) -> None:
+        """Puts the masks on a model of the class that was searched, and the starting weights into it.
+
+        Raises:
+            ValueError: layers or shapes do not fit. The model is left as it was.
+        """
+        _check_fits(model, self.masks, self.start)
+        layers = dict(model.named_modules())
+        install([(layers[n], m.to(cast(Tensor, layers[n].weight).device, copy=True)) for n, m in self.masks.items()])
+        _load(model, self.start)
+
+    def with_start(self, state: Mapping[str, Tensor] | nn.Module) -> Ticket:
+        """The same mask over other weights: the state of a model without masks, or such a model.
+
+        Newly drawn ones are the control "randomly reinitialised" of 1803.03635, section 2.
+
+        Raises:
+            ValueError: other names or shapes than the ticket's.
+        """
+        given = _state(state) if isinstance(state, nn.Module) else {k: v.detach().clone() for k, v in state.items()}
+        if {k: v.shape for k, v in given.items()} != {k: v.shape for k, v in self.start.items()}:
+            raise ValueError("state: expected the names and shapes of the ticket's own start, got others")
+        return replace(self, start=given, final={}, result=None)
+
+    def shuffled(self, seed: int) -> Ticket:
+        """The same weights under masks with as many, but random, positions in each layer."""
+        generator = torch.Generator().manual_seed(seed)
+        moved = {}
+        for name, mask in self.masks.items():
+            order = torch.randperm(mask.numel(), generator=generator)
+            moved[name] = mask.flatten()[order.to(mask.device)].view(mask.shape)
+        return replace(self, masks=moved, final={}, result=None)
+
+    def save(self, path: Path) -> None:
+        """Writes one safetensors file; a crash leaves the old file or the new one, never half of it."""
+        parts = {"mask": self.masks, "start": self.start, "final": self.final}
+        tensors = {f"{part}:{n}": t.contiguous() for part, held in parts.items() for n, t in held.items()}
+        about = {"round": self.round, "step": self.step, "result": self.result, "config": self.config}
+        data = safetensors.torch.save(tensors, {"ticket": json.dumps(about)})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            with suppress(FileNotFoundError):
+                temporary.unlink()
+
+    @classmethod
+    def load(cls, path: Path) -> Ticket:
+        """Reads what `save` wrote; ValueError for a file that is damaged or no ticket."""
+        parts: dict[str, dict[str, Tensor]] = {"mask": {}, "start": {}, "final": {}}
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                about = json.loads((file.metadata() or {})["ticket"])
+                for key in file.keys():  # noqa: SIM118  it is no mapping
+                    part, _, name = key.partition(":")
+                    parts[part][name] = file.get_tensor(key)
+            return cls(
+                about["round"],
+                about["step"],
+                parts["mask"],
+                parts["start"],
+                parts["final"],
+                about["result"],
+                about["config"],
+            )
+        except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"path: {str(path)!r} is damaged or holds no ticket ({error})") from error
+
+
+def rates_of(model: nn.Module, *, conv: float = 0.2, linear: float = 0.2, output: float = 0.1) -> dict[str, float]:
+    """The share that each round removes, by layer, as 1803.03635, Figure 2, has it: the last Linear layer loses less.
+
+    Conv-2 and Conv-4: `conv=0.1`; Conv-6: `conv=0.15`. ValueError where the model has nothing to prune.
+    """
+    for label, value in (("conv", conv), ("linear", linear), ("output", output)):
+        check_fraction(label, value)
+    layers = _select.candidates(model, MASKABLE)
+    if not layers:
+        raise ValueError("model: expected a Linear or Conv2d layer, got none")
+    rates = {_literal(name): linear if isinstance(layer, nn.Linear) else conv for name, layer in layers}
+    last = [name for name, layer in layers if isinstance(layer, nn.Linear)]
+    if last:
+        rates[_literal(last[-1])] = output
+    return rates
+
+
+def early_stop(steps: list[int], losses: list[float]) -> int:
+    """The step of least validation loss, the first of them: when early stopping would have stopped (section 1.1).
+
+    ValueError without losses, with as many steps as losses not given, or where a loss is not finite.
+    """
+    if not losses or len(steps) != len(losses):
+        raise ValueError(f"losses: expected one for each of {len(steps)} steps, at least one, got {len(losses)}")
+    values = torch.tensor(losses, dtype=torch.float64)
+    if not bool(values.isfinite().all()):
+        raise ValueError("losses: expected finite numbers")
+    return steps[losses.index(min(losses))]
+
+
+def search(
+    model: nn.Module,
+    train: Train,
+    *,
+    rounds: int,
+    rates: float | Mapping[str, float] = 0.2,
+    rewind: int = 0,
+    folder: Path | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Iterator[Ticket]:
+    """Trains, prunes the smallest weights of each layer, rewinds, and so on; yields each ticket once it is trained.
+
+    The first is the dense network (round 0), then `rounds` tickets, each with less. The model is what they are trained
+    in; it keeps the masks and weights of the last.
+
+    Args:
+        model: at its initialisation, without masks.
+        train: `train(model, start, after_step) -> result`. It begins at step `start`, which is 0 for the dense network
+            and `rewind` for tickets, and calls `after_step()` after each optimizer step. Everything random in it is its
+            own business; the same order of data each time isolates the effect of the mask.
+        rounds: prunings, >= 0.
+        rates: share of what remains that a round removes, in [0, 1): one number, or by glob of layer names (layers that
+            no glob matches are never pruned). `rates_of` gives the paper's.
+        rewind: steps of the dense training after which the weights are taken that tickets start from; 0: none.
+        folder: tickets are saved there, one file each, and read again by the same search: an interrupted one goes on
+            after the last that is complete.
+        config: anything JSON-ready that `train` depends on; with another one the folder is refused.
+
+    Raises:
+        ValueError: masks on the model already, no such layer, `train` ended before step `rewind` or left NaN weights, a
+            layer would lose all its weights, or the folder holds tickets of another search. Tickets yielded (and saved)
+            before are complete.
+    """
+    check_count("rounds", rounds, 0)
+    check_count("rewind", rewind, 0)
+    if not callable(train):
+        raise TypeError(f"train: expected a callable, got {type(train).__name__}")
+    by_glob: dict[str, float | None] = dict(rates) if isinstance(rates, Mapping) else {"*": rates}
+    for glob, value in by_glob.items():
+        check_fraction(f"rates[{glob!r}]", value)
+    chosen: list[tuple[str, nn.Module, float]] = _select.resolve(model, by_glob, types=MASKABLE)
+    if not chosen:
+        raise ValueError("rates: expected a Linear or Conv2d layer to prune, got none")
+    if masks(model):
+        raise ValueError("model: expected no masks at the start of a search; call slimtorch.prune.bake_(model) first")
+    for name, layer, _ in chosen:
+        check_weight(name, layer)
+    start = _state(model)
+    asked = {
+        "rates": {name: float(rate) for name, _, rate in chosen},
+        "rewind": rewind,
+        "start": _digest(start),
+        "train": json.loads(json.dumps(dict(config or {}))),
+    }
+    return _search(model, train, rounds, rewind, folder, asked, start)
+
+
+def _search(
+    model: nn.Module,
+    train: Train,
+    rounds: int,
+    rewind: int,
+    folder: Path | None,
+    asked: dict[str, Any],
+    start: dict[str, Tensor],
+) -> Iterator[Ticket]:
+    modules = dict(model.named_modules())
+    install([(modules[n], torch.ones_like(cast(Tensor, modules[n].weight), dtype=torch.bool)) for n in asked["rates"]])
+    for index in range(rounds + 1):
+        path = None if folder is None else folder / f"round-{index:02d}.safetensors"
+        ticket = None if path is None or not path.exists() else _stored(path, asked, index)
+        if index:
+            _prune(model, asked["rates"], index)
+            _load(model, start)
+        if ticket is None:
+            ticket, start = _train(model, train, index, rewind, start, asked)
+            if path is not None:
+                ticket.save(path)
+        else:  # as if it had been trained just now
+            start = ticket.start
+            ticket.apply_(model)
+            _load(model, ticket.final)
+        yield ticket
+
+
+def _train(
+    model: nn.Module, train: Train, index: int, rewind: int, start: dict[str, Tensor], asked: dict[str, Any]
+) -> tuple[Ticket, dict[str, Tensor]]:
+    """The ticket after training, and the weights that later ones start from."""
+    steps = 0
+    taken = start
+
+    def after_step() -> None:
+        nonlocal steps, taken
+        steps += 1
+        if index == 0 and steps == rewind:
+            taken = _state(model)
+
+    kept = {name: masks(model)[name].clone() for name in asked["rates"]}
+    result = train(model, rewind if index else 0, after_step)
+    if index == 0 and steps < rewind:
+        raise ValueError(f"train: expected at least rewind={rewind} calls of after_step(), got {steps}")
+    for name in asked["rates"]:
+        check_weight(name, model.get_submodule(name))
+    result = json.loads(json.dumps(result))  # TypeError here, not when it is to be saved
+    return Ticket(index, rewind, kept, taken, _state(model), result, asked), taken
+
+
+def _prune(model: nn.Module, rates: Mapping[str, float], index: int) -> None:
+    """Masks for round `index` from the weights as they are now: 1 - (1 - rate)^index of each layer is gone then."""
+    config: dict[str, Magnitude | None] = {
+        _literal(name): Magnitude(1.0 - (1.0 - rate) ** index, allow_empty=False) for name, rate in rates.items()
+    }
+    prune_weights_(model, config)
+
+
+def _stored(path: Path, asked: dict[str, Any], index: int) -> Ticket:
+    ticket = Ticket.load(path)
+    if ticket.config != asked:
+        others = sorted(k for k in asked if ticket.config.get(k) != asked[k])
+        raise ValueError(
+            f"folder: {str(path)!r} is of another search (different: {', '.join(others)}); take another folder"
+        )
+    if ticket.round != index or not ticket.final:
+        raise ValueError(f"folder: {str(path)!r} should hold the trained ticket of round {index}")
+    return ticket
+
+
+def _literal(name: str) -> str:
+    return name.replace("[", "[[]")  # opens a set of characters in a glob
+
+
+def _plain(key: str) -> str | None:
+    """The key that a masked model's entry has without masks; None for a mask."""
+    if key.startswith(_WEIGHT[1:]):
+        return "weight"
+    if key.endswith(_WEIGHT):
+        return key[: -len(_WEIGHT)] + ".weight"
+    return None if ".parametrizations.weight." in f".{key}" else key
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the state of a model, as it would be without masks."""
+    pairs = ((_plain(key), value) for key, value in model.state_dict().items())
+    return {key: value.detach().clone() for key, value in pairs if key is not None}
+
+
+@torch.no_grad()
+def _load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copies a state without masks into a model that may have some."""
+    for key, value in model.state_dict().items():
+        plain = _plain(key)
+        if plain is not None:
+            value.copy_(state[plain])
+
+
+def _check_fits(model: nn.Module, kept: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> None:
+    own = {k: tuple(v.shape) for k, v in _state(model).items()}
+    given = {k: tuple(v.shape) for k, v in start.items()}
+    if own != given:
+        key = sorted({*own.items()} ^ {*given.items()})[0][0]
+        raise ValueError(f"model: the ticket has {key!r} with shape {given.get(key)}, the model with {own.get(key)}")
+    modules = dict(model.named_modules())
+    for name, mask in kept.items():
+        layer = modules.get(name)
+        if layer is None or not isinstance(layer, MASKABLE):
+            raise ValueError(f"model: the ticket masks layer {name!r}, which is no Linear or Conv2d layer of the model")
+        if tuple(mask.shape) != tuple(cast(Tensor, layer.weight).shape):
+            raise ValueError(f"model: the ticket's mask for {name!r} has shape {tuple(mask.shape)}, not the weight's")
+    stray = [n for n, m in modules.items() if mask_of(m) is not None and n not in kept]
+    if stray:
+        raise ValueError(f"model: expected masks on no other layers than the ticket's, got {stray}")
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key, value in state.items():
+        digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
