@@ -19,7 +19,7 @@ def kernels() -> dict[int, str]:
     listing = subprocess.run(
         ["nm", "--demangle", "--defined-only", _cuda_host.__file__], capture_output=True, text=True, check=True
     ).stdout
-    found = (_KERNEL.match(line) for line in listing.splitlines() if "[clone" not in line)
+    found = (_KERNEL.match(line) for line in listing.splitlines() if "[clone" not in line and "{lambda" not in line)
     return {int(match[1], 16): match[2] for match in found if match}
 
 
