@@ -257,6 +257,17 @@ def test_conv2d_without_plans(device: Device) -> None:
         check_gradients(device, x, weight, plans=False, **geometry(problem))
 
 
+@each_dtype
+def test_work_enough_for_wide_tiles(device: Device, dtype: torch.dtype) -> None:
+    """66 tiles of 256 x 128 or more: half of the emulated device, from where on they are chosen."""
+    for problem, size in (
+        (LinearProblem("", 4200, 300, 100, 0.3, seed=1), (16, 16)),
+        (ConvProblem("", 35, 8, 300, 11, 11, padding=(1, 1), density=0.3, seed=2), (32, 16)),
+    ):
+        x, weight, bias = tensors(problem, size, dtype)
+        check_forward(device, x, weight, bias, **geometry(problem))
+
+
 # ---- wrappers and wrong arguments ------------------------------------------------------------------------------------
 
 
