@@ -12,7 +12,8 @@ namespace slim::cuda::block_sparse {
 // - where even those leave multiprocessors idle, sums are split until each has a block, but no share below four steps.
 Tiling choose_tiling(const Activations& a, const Shape& s, int64_t plan_words, const DeviceInfo& device) {
   const int64_t columns = columns_of(a), processors = std::max(1, device.multiprocessors);
-  const int64_t wide = s.tiles() * ((columns + 127) / 128), tall = wide * (s.tile_rows() / 64);
+  const int64_t wide = s.tiles() * ((columns + kWideColumns - 1) / kWideColumns);
+  const int64_t tall = s.tiles() * ((columns + 127) / 128) * (s.tile_rows() / 64);
   Tiling t{kTall, 1};
   int64_t blocks = tall, wanted = 2 * processors;
   if (!a.conv && columns <= 32) {

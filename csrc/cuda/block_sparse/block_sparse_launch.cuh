@@ -11,12 +11,15 @@ namespace slim::cuda::block_sparse {
 template <class T>
 constexpr int kDepth = 128 / int(sizeof(T));
 
-// Low blocks and many columns: as many rows as registers allow share the activations. A stage takes 48 KiB.
+constexpr int kWideColumns = 64;
+
+// Low blocks and many columns: many rows share the activations, which are what most bytes are of. A stage takes 40 KiB.
 template <class T>
-using Wide = Tile<256, 128, kDepth<T>, 4, 2, 3>;
-// Blocks of 64 rows: all warps have work at every step. 24 KiB a stage, two blocks a multiprocessor.
-template <class T>
-using Tall = Tile<64, 128, kDepth<T>, 2, 4, 3, 2>;
+using Wide = Tile<256, kWideColumns, kDepth<T>, 4, 2, 3>;
+// Blocks of 64 rows: all warps have work at every step. 24 KiB a stage; two blocks a multiprocessor where their registers
+// fit, which they do not with a convolution's addresses or with float32's halves.
+template <class T, bool kConv>
+using Tall = Tile<64, 128, kDepth<T>, 2, 4, 3, sizeof(T) == 2 && !kConv ? 2 : 1>;
 // Few columns: many small blocks of threads, for the weights' bytes are what bounds. 10 KiB a stage.
 template <class T>
 using Few = Tile<64, 16, kDepth<T>, 4, 1, 4>;
@@ -49,14 +52,14 @@ const char* product(const Product& p, const Shape& s, const Tiling& tiling, floa
   if (s.slice() == 16) {
     if (p.a.conv)
       return tiling.tile == kWide ? start<T, Wide<T>, 16, true>(p, s, splits, partial, stream)
-                                  : start<T, Tall<T>, 16, true>(p, s, splits, partial, stream);
+                                  : start<T, Tall<T, true>, 16, true>(p, s, splits, partial, stream);
     return tiling.tile == kWide   ? start<T, Wide<T>, 16, false>(p, s, splits, partial, stream)
-           : tiling.tile == kTall ? start<T, Tall<T>, 16, false>(p, s, splits, partial, stream)
+           : tiling.tile == kTall ? start<T, Tall<T, false>, 16, false>(p, s, splits, partial, stream)
                                   : start<T, Few<T>, 16, false>(p, s, splits, partial, stream);
   }
-  if (p.a.conv) return start<T, Tall<T>, 8, true>(p, s, splits, partial, stream);
+  if (p.a.conv) return start<T, Tall<T, true>, 8, true>(p, s, splits, partial, stream);
   return tiling.tile == kFew ? start<T, Few<T>, 8, false>(p, s, splits, partial, stream)
-                             : start<T, Tall<T>, 8, false>(p, s, splits, partial, stream);
+                             : start<T, Tall<T, false>, 8, false>(p, s, splits, partial, stream);
 }
 
 }  // namespace slim::cuda::block_sparse

@@ -12,7 +12,8 @@ namespace slim::cuda::sparse {
 // hide the latency of shared memory from each other. Many: 32 rows a warp, so that eight columns serve two products.
 using FewColumns = Tile<64, 8, kCellDepth, 4, 1, 4, 4>;
 using SomeColumns = Tile<64, 32, kCellDepth, 4, 1, 4, 3>;
-using ManyColumns = Tile<128, 64, kCellDepth, 4, 1, 3, 2>;
+template <bool kConv>  // a convolution's addresses take the registers of a second block
+using ManyColumns = Tile<128, 64, kCellDepth, 4, 1, 3, kConv ? 1 : 2>;
 
 template <class T, template <class> class Values>
 const char* tiles_of(const char* name, const Activations& a, const Tiles& t, const typename Values<T>::Params& values,
@@ -24,9 +25,9 @@ const char* tiles_of(const char* name, const Activations& a, const Tiles& t, con
   };
   const int64_t columns = columns_of(a);
   if (a.conv)
-    return columns <= kSomeColumns ? run(SomeColumns(), std::true_type()) : run(ManyColumns(), std::true_type());
+    return columns <= kSomeColumns ? run(SomeColumns(), std::true_type()) : run(ManyColumns<true>(), std::true_type());
   if (columns <= kFewColumns) return run(FewColumns(), std::false_type());
-  return columns <= kSomeColumns ? run(SomeColumns(), std::false_type()) : run(ManyColumns(), std::false_type());
+  return columns <= kSomeColumns ? run(SomeColumns(), std::false_type()) : run(ManyColumns<false>(), std::false_type());
 }
 
 }  // namespace slim::cuda::sparse
