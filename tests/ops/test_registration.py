@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from slimtorch.formats import BlockSparse, Sparse, SparseCodebook
 from tests.ops.operators import (
     DTYPES,
     FEW_FORMATS,
@@ -85,6 +86,33 @@ def test_opcheck_of_packed_values() -> None:
         _opcheck("sparse_pack_values", {"values": weight.values, "plan": weight.plan()})
 
 
+# Made on the CPU for a weight that lies on a GPU.
+def cuda_plans() -> dict[str, dict[str, Any]]:
+    dense = LINEAR.weight()
+    sparse, shared = Sparse.pack(dense), SparseCodebook.pack(dense, bits=3)
+    blocks = BlockSparse.pack(dense, (8, 8))
+    rows, width = dense.shape
+    return {
+        "sparse_cuda_plan": {
+            "columns": sparse.columns, "row_offsets": sparse.row_offsets, "width": width, "groups": 1,
+            "transposed": False,
+        },
+        "block_sparse_cuda_plan": {
+            "columns": blocks.block_columns, "row_offsets": blocks.block_row_offsets, "block_size": (8, 8),
+            "rows": rows, "width": width, "groups": 1, "transposed": True,
+        },
+        "sparse_codebook_cuda_plan": {
+            "codes": shared.codes, "gaps": shared.gaps, "row_offsets": shared.row_offsets, "width": width,
+            "groups": 1, "bits": 3,
+        },
+    }  # fmt: skip
+
+
+def test_opcheck_of_plans_for_cuda() -> None:
+    for name, arguments in cuda_plans().items():
+        _opcheck(name, arguments)
+
+
 # In test_kmeans.py and test_huffman.py.
 CODING = {
     "kmeans_1d", "quantiles_1d", "assign_1d", "huffman_lengths", "huffman_size", "huffman_encode", "huffman_decode",
@@ -107,7 +135,7 @@ QUANTIZED = {
 
 
 def test_every_operator_is_checked() -> None:
-    checked = {"sparse_pack_values", *CODING}
+    checked = {"sparse_pack_values", *CODING, *cuda_plans()}
     checked |= {f"{family}_{name}" for family, names in QUANTIZED.items() for name in names}
     for form in (SPARSE, Format((4, 8))):
         for problem in (LINEAR, CONV):

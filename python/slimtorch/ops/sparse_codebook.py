@@ -141,6 +141,11 @@ def _with_tables(weight: SparseCodebook, tables: Tensor) -> SparseCodebook:
 # ---- fake kernels: shapes only, for torch.compile and torch.export ---------------------------------------------------
 
 
+@torch.library.register_fake("slimtorch::sparse_codebook_cuda_plan")
+def _(codes: Tensor, gaps: Tensor, row_offsets: Tensor, width: int, groups: int, bits: int) -> Tensor:
+    return gaps.new_empty([torch.library.get_ctx().new_dynamic_size()], dtype=torch.uint8)
+
+
 @torch.library.register_fake("slimtorch::sparse_codebook_plan")
 def _(gaps: Tensor, row_offsets: Tensor, width: int, groups: int, taps: int) -> Tensor:
     return gaps.new_empty([torch.library.get_ctx().new_dynamic_size()])
