@@ -42,13 +42,14 @@ $(TOOLS): | $(BIN)/python
 	@touch $@
 
 # For tests, AVX-512 kernels are built a second time in a form that any AVX2 machine can run, and the CUDA kernels for an
-# emulator that needs no GPU. PTX for GPUs to come is left to wheels: it would take a third of the time.
+# emulator that needs no GPU, which tells lines by the symbols that are left in. PTX for GPUs to come is left to wheels: it would take a third of the time.
 $(BUILT): $(TOOLS) $(BUILD_FILES)
 	@command -v nvcc > /dev/null || echo "no nvcc found: building for the CPU only"
 	@echo "building slimtorch (some minutes)"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation --config-settings=build-dir=build/editable \
 	  --config-settings=cmake.define.SLIM_EMULATED_AVX512=ON --config-settings=cmake.define.SLIM_CUDA_HOST=ON \
-	  --config-settings='cmake.define.CMAKE_CUDA_ARCHITECTURES=80-real;90a-real' -e '.[test,experiments,lint]'
+	  --config-settings='cmake.define.CMAKE_CUDA_ARCHITECTURES=80-real;90a-real' \
+	  --config-settings=install.strip=false -e '.[test,experiments,lint]'
 	@touch $@
 
 build: $(BUILT) ## Make .venv and build the package in it, editable

@@ -18,7 +18,7 @@ struct TileFacts {
 inline TileFacts tile_facts(const Activations& a) {
   const int64_t columns = columns_of(a);
   if (!a.conv && columns <= kFewColumns) return {64, 8, 4};
-  return columns <= kSomeColumns ? TileFacts{64, 32, 3} : TileFacts{128, 64, 2};
+  return columns <= kSomeColumns ? TileFacts{64, 32, 3} : TileFacts{a.conv ? 64 : 128, 64, 2};
 }
 
 // Splits of the depth: until every multiprocessor is full once, as long as each block keeps four steps (a stage of the

@@ -12,8 +12,8 @@ namespace slim::cuda::sparse {
 // hide the latency of shared memory from each other. Many: 32 rows a warp, so that eight columns serve two products.
 using FewColumns = Tile<64, 8, kCellDepth, 4, 1, 4, 4>;
 using SomeColumns = Tile<64, 32, kCellDepth, 4, 1, 4, 3>;
-template <bool kConv>  // a convolution's addresses take the registers of a second block
-using ManyColumns = Tile<128, 64, kCellDepth, 4, 1, 3, kConv ? 1 : 2>;
+template <bool kConv>  // a convolution's addresses take the registers of the other 16 rows
+using ManyColumns = Tile<kConv ? 64 : 128, 64, kCellDepth, 4, 1, 3, 2>;
 
 template <class T, template <class> class Values>
 const char* tiles_of(const char* name, const Activations& a, const Tiles& t, const typename Values<T>::Params& values,

@@ -81,6 +81,7 @@ __global__ void __launch_bounds__(kCsrWarps* kWarp) positions_kernel(const Csr p
 }
 
 constexpr int kMostBins = 256;
+constexpr int kSumWarps = 4;  // of a block of sum_rows_kernel, at most
 
 struct SumsParams {
   Sums s;
@@ -92,7 +93,7 @@ struct SumsParams {
 // With a table for each row: grid x over rows (striding), results as T. Else: grid x times warps is table_sets, y over
 // turns (striding), results to partial [table_sets][tables << bits]. Shared: bins of each warp, 128 bytes each.
 template <class T>
-__global__ void sum_rows_kernel(const SumsParams p) {
+__global__ void __launch_bounds__(kSumWarps* kWarp) sum_rows_kernel(const SumsParams p) {
   const Weight& w = p.s.w;
   const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
   float* bins = reinterpret_cast<float*>(dynamic_shared()) + int64_t(warp) * p.bins * kWarp;

@@ -26,7 +26,7 @@ int bins_of(const Weight& w) {
     while (bins < kMostBins && bins < entries_of(w)) bins *= 2;
   return bins;
 }
-int warps_of(const Weight& w) { return bins_of(w) <= 64 ? 4 : 1; }
+int warps_of(const Weight& w) { return bins_of(w) <= 64 ? kSumWarps : 1; }
 
 // Sets of sums: a warp for each, eight to a multiprocessor, but at most one for each row and no more than the scratch
 // holds.

@@ -256,7 +256,7 @@ struct TransposeParams {
 };
 
 template <class T>
-__global__ void transpose_kernel(const TransposeParams p) {
+__global__ void __launch_bounds__(32 * 8) transpose_kernel(const TransposeParams p) {
   T* tile = reinterpret_cast<T*>(dynamic_shared());  // [32][33]
   const T* x = static_cast<const T*>(p.x);
   T* out = static_cast<T*>(p.out);
