@@ -266,6 +266,8 @@ def _weight_bytes(case: Case) -> float:
     return kept * value + min(entries / 8, kept * 2)  # a bit for every place, or 16 bits for every value
 
 
+@torch.inference_mode(False)  # values made inside it have no version counter, and formats keep no packed copy of such
+@torch.no_grad()
 def prepare(case: Case, device: torch.device) -> Work:
     draw = torch.Generator(device=device).manual_seed(case.n + case.m)
     weight = _weight(case, draw, device)
@@ -540,10 +542,12 @@ NETWORKS = (
 def measure_network(network: Network, device: torch.device) -> dict[str, Any]:
     """A network in float16: dense, and as `pack_` leaves it."""
     torch.manual_seed(0)
-    model = network.build().eval()
-    network.compress(model)
-    model = model.to(device, HALF)
-    x = torch.randn(network.shape, device=device).to(HALF)
+    with torch.inference_mode(False), torch.no_grad():  # as in prepare()
+        model = network.build().eval()
+        network.compress(model)
+        model = model.to(device, HALF)
+    draw = torch.Generator(device=device).manual_seed(0)  # torch's own may be left unusable by a capture that failed
+    x = torch.randn(network.shape, generator=draw, device=device).to(HALF)
     expected = model(x)
     packed = copy.deepcopy(model)
     report = slim.pack_(packed, x, time_budget=10)

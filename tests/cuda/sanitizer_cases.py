@@ -36,7 +36,7 @@ def problems() -> Iterator[Case]:
                 yield replace(each, name=f"{each.name}_larger", dense=lambda: nn.Linear(203, 150), sample=(203,))
 
 
-def main(device: str = "cuda", seconds: float = 50.0) -> int:
+def main(device: str = "cuda", seconds: float = 30.0) -> int:
     """Run all of it, or what fits into `seconds`; returns how many layers ran."""
     began, count = time.monotonic(), 0
     for dtype in DTYPES:  # half precision first: what tensor cores are used for
