@@ -48,9 +48,15 @@ status=0
 cuda=0
 wait "${running[cuda]}" || cuda=$?
 unset "running[cuda]"
-echo "kernels: CUDA"
-cat "$logs/cuda"
-[[ $cuda == 0 ]] || exit "$cuda"
-echo "kernels: $chosen"
-cat "$logs/all"
-exit "$status"
+show() {
+    echo "kernels: $1"
+    cat "$logs/$2"
+}
+if [[ $cuda == 0 ]]; then
+    show CUDA cuda
+    show "$chosen" all
+    exit "$status"
+fi
+show "$chosen" all
+show CUDA cuda
+exit "$cuda"
