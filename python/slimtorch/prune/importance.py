@@ -260,6 +260,23 @@ def _losses(model: nn.Module, evidence: Evidence, who: str, own: LossFn | None) 
         yield loss.reshape(())
 
 
+def _mean_over_batches(
+    layers: Mapping[str, nn.Module], losses: Iterable[Tensor], term: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The layers' parameters, and of each the mean of ``term(parameter, gradient)`` over the batches' losses."""
+    parameters = [_trained(m, n) for n, m in layers.items()]
+    totals = [torch.zeros_like(_real(p.detach())) for p in parameters]
+    count = 0
+    with torch.enable_grad():
+        for loss in losses:
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for total, parameter, gradient in zip(totals, parameters, gradients, strict=True):
+                if gradient is not None:
+                    total += term(parameter, gradient)
+            count += 1
+    return parameters, [total / count for total in totals]
+
+
 class Taylor(WeightImportance):
     """First-order Taylor expansion of the loss: (w · ∂L/∂w)², averaged over batches and added up over a neuron's
     weights (Molchanov et al., "Importance Estimation for Neural Network Pruning", 2019, equation 8).
@@ -273,17 +290,9 @@ class Taylor(WeightImportance):
 
     def weights(self, model: nn.Module, layers: Mapping[str, nn.Module], evidence: Evidence) -> dict[str, Tensor]:
         """(w · g)², mean over the batches; ValueError without data or loss_fn."""
-        parameters = [_trained(m, n) for n, m in layers.items()]
-        totals = [torch.zeros_like(_real(p.detach())) for p in parameters]
-        count = 0
-        with torch.enable_grad():
-            for loss in _losses(model, evidence, "taylor", self.loss_fn):
-                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-                for total, parameter, gradient in zip(totals, parameters, gradients, strict=True):
-                    if gradient is not None:
-                        total += _real(parameter.detach() * gradient).square()
-                count += 1
-        return {n: matrix(m, t / count) for (n, m), t in zip(layers.items(), totals, strict=True)}
+        losses = _losses(model, evidence, "taylor", self.loss_fn)
+        _, means = _mean_over_batches(layers, losses, lambda w, g: _real(w.detach() * g).square())
+        return {n: matrix(m, mean) for (n, m), mean in zip(layers.items(), means, strict=True)}
 
 
 class Snip(WeightImportance):
@@ -299,17 +308,9 @@ class Snip(WeightImportance):
 
     def weights(self, model: nn.Module, layers: Mapping[str, nn.Module], evidence: Evidence) -> dict[str, Tensor]:
         """|w · mean of g|; ValueError without data or loss_fn."""
-        parameters = [_trained(m, n) for n, m in layers.items()]
-        totals = [torch.zeros_like(_real(p.detach())) for p in parameters]
-        count = 0
-        with torch.enable_grad():
-            for loss in _losses(model, evidence, "snip", self.loss_fn):
-                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-                for total, gradient in zip(totals, gradients, strict=True):
-                    if gradient is not None:
-                        total += gradient
-                count += 1
-        scores = [(_real(p.detach()) * t / count).abs() for p, t in zip(parameters, totals, strict=True)]
+        losses = _losses(model, evidence, "snip", self.loss_fn)
+        parameters, means = _mean_over_batches(layers, losses, lambda _, g: g)
+        scores = [(_real(p.detach()) * mean).abs() for p, mean in zip(parameters, means, strict=True)]
         return {n: matrix(m, score) for (n, m), score in zip(layers.items(), scores, strict=True)}
 
 
