@@ -633,6 +633,8 @@ def test_layer_that_is_not_run_is_noted() -> None:
         ({"seed": "a"}, TypeError),
         ({"ignore": [3]}, TypeError),
         ({"loss_fn": "mse"}, TypeError),
+        ({"normalize": 1}, TypeError),
+        ({"normalize": False}, ValueError),  # scope is "layer"
     ],
 )
 def test_bad_options(options: dict[str, Any], error: type[Exception]) -> None:

@@ -27,6 +27,7 @@ from slimtorch.prune.mask import Mask, bake_, mask_like_, masks, sparsity
 from slimtorch.prune.neurons import Neurons
 from slimtorch.prune.report import PrunedLayer, PruneReport
 from slimtorch.prune.schedule import Cubic, Iterative, OneShot, Pruner, Schedule
+from slimtorch.prune.slimming import SlimmingPenalty, SlimmingReport
 
 __all__ = [
     "L1",
@@ -52,6 +53,8 @@ __all__ = [
     "Random",
     "Schedule",
     "SecondOrder",
+    "SlimmingPenalty",
+    "SlimmingReport",
     "Slots",
     "Snip",
     "Taylor",

@@ -62,13 +62,15 @@ class Neurons:
         importance: "l1", "l2" (norm of a neuron's weights), "apoz" (how often it is not zero on `data`), "taylor"
             (on `data`, with `loss_fn`; "taylor2" and "snip" too), "batchnorm" (scale of the batch norm after it),
             "random", or any object with a method `neurons(model, groups, evidence)`.
-        scope: "layer" ranks within each layer; "global" ranks over all, each layer's scores divided by their mean.
+        scope: "layer" ranks within each layer; "global" ranks over all.
         seed: of "random".
         min_neurons: how many each layer keeps at least, >= 1.
         round_to: widths are rounded up to a multiple of this, >= 1 (vector units like 8 or 16).
         ignore: globs of names of layers whose neurons all stay.
         loss_fn: for "taylor", "taylor2" and "snip": `loss_fn(output, *targets) -> scalar`.
         batches: how many of `data` to read; None: all. Fewer than that is an error.
+        normalize: under "global", each layer's scores are divided by their mean first, since layers differ in scale.
+            False compares them as they are, like the one threshold of network slimming.
 
     Raises:
         ValueError, TypeError: an argument is out of its range.
@@ -83,12 +85,17 @@ class Neurons:
     ignore: Sequence[str] = ()
     loss_fn: LossFn | None = None
     batches: int | None = None
+    normalize: bool = True
 
     def __post_init__(self) -> None:
         check_fraction("ratio", self.ratio)
         importances.get(self.importance)
         if self.scope not in ("layer", "global"):
             raise ValueError(f"scope: expected 'layer' or 'global', got {self.scope!r}")
+        if not isinstance(self.normalize, bool):
+            raise TypeError(f"normalize: expected True or False, got {self.normalize!r}")
+        if self.scope == "layer" and not self.normalize:
+            raise ValueError("normalize: False is for scope='global'; within one layer it changes no rank")
         for name, least in (("seed", 0), ("min_neurons", 1), ("round_to", 1)):
             check_count(name, getattr(self, name), least)
         if self.batches is not None:
@@ -457,7 +464,7 @@ def _rank(trial: nn.Module, candidates: Sequence[_Candidate], data: Iterable[Any
         trial.zero_grad(set_to_none=True)
         _check_scores(scores, groups, config)
         means = [_unit_means(s.double().cpu(), candidates[i]) for i, s in zip(members, scores, strict=True)]
-        if config.scope == "global":
+        if config.scope == "global" and config.normalize:
             means = [m / m.mean() if float(m.mean()) > 0 else m for m in means]
         keeps = _keep(means, [candidates[i] for i in members], config)
         for i, keep in zip(members, keeps, strict=True):
