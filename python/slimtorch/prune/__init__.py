@@ -3,6 +3,7 @@
 
 from slimtorch.prune import lottery, scratch
 from slimtorch.prune._verb import prune_
+from slimtorch.prune.group_lasso import GroupLasso, GroupReport
 from slimtorch.prune.importance import (
     L1,
     L2,
@@ -38,6 +39,8 @@ __all__ = [
     "Evidence",
     "Fisher",
     "Group",
+    "GroupLasso",
+    "GroupReport",
     "Importance",
     "Iterative",
     "LifeLong",
