@@ -3,6 +3,7 @@
 
 from slimtorch.prune import lottery, scratch
 from slimtorch.prune._verb import prune_
+from slimtorch.prune.group_lasso import GroupLasso, GroupReport
 from slimtorch.prune.importance import (
     L1,
     L2,
@@ -27,6 +28,7 @@ from slimtorch.prune.mask import Mask, bake_, mask_like_, masks, sparsity
 from slimtorch.prune.neurons import Neurons
 from slimtorch.prune.report import PrunedLayer, PruneReport
 from slimtorch.prune.schedule import Cubic, Iterative, OneShot, Pruner, Schedule
+from slimtorch.prune.slimming import SlimmingPenalty, SlimmingReport
 
 __all__ = [
     "L1",
@@ -37,6 +39,8 @@ __all__ = [
     "Evidence",
     "Fisher",
     "Group",
+    "GroupLasso",
+    "GroupReport",
     "Importance",
     "Iterative",
     "LifeLong",
@@ -52,6 +56,8 @@ __all__ = [
     "Random",
     "Schedule",
     "SecondOrder",
+    "SlimmingPenalty",
+    "SlimmingReport",
     "Slots",
     "Snip",
     "Taylor",
