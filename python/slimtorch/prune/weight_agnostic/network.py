@@ -226,7 +226,7 @@ class Networks:
         """
         if not self.common or x.ndim != 2 or x.shape[1] != self.inputs:
             raise ValueError(f"x: expected [samples, {self.inputs}], common to all, got {list(x.shape)}")
-        shared = torch.as_tensor(shared)
+        shared = torch.as_tensor(shared, dtype=self.dtype)
         ready = self.prepare(shared, len(x))
         ready.inputs[:, 0] = x.t().to(self.dtype).repeat(1, len(shared))
         return ready.run().view(self.outputs, self.population, len(shared), len(x)).permute(1, 2, 3, 0)
