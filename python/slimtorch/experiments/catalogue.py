@@ -28,6 +28,7 @@ EXPERIMENTS = {
     "binary-connect": ("binary_connect", "binary weights as a regularizer: none, deterministic, stochastic, dropout"),
     "binary-net": ("binary_net", "binary weights and activations, trained, packed and timed"),
     "xnor-net": ("xnor_net", "binary convolutions with scales: full, binary weights, XNOR"),
+    "weight-agnostic": ("weight_agnostic", "topologies that classify and balance with any shared weight"),
 }
 
 

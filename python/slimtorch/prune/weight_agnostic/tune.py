@@ -56,7 +56,8 @@ def tune_by_gradient(
         chosen = torch.randint(len(x), (batch_size,), generator=generator)
         loss = F.cross_entropy(network(x[chosen]), labels[chosen])
         if not bool(loss.isfinite()):
-            raise ValueError(f"rate: the loss is {float(loss.detach())} at step {step}; a lower rate than {rate} may help")
+            value = float(loss.detach())
+            raise ValueError(f"rate: the loss is {value} at step {step}; a lower rate than {rate} may help")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
