@@ -79,7 +79,7 @@ class Plan:
     held_out: int = 16
     controls: int = 3
     draws: int = 32
-    steps: int = 600
+    steps: int = 1500
     rate: float = 0.02
     rounds: int = 25
     candidates: int = 48
@@ -289,7 +289,7 @@ def _curves(found: Mapping[str, Any]) -> Figure:
         rows = [[100 * v for v in s["curves"][0]] for s in seeds]
         band(axis, grid, rows, "found", COLORS[0])
         controls = [[100 * _mean(column) for column in zip(*s["curves"][1:], strict=True)] for s in seeds]
-        band(axis, grid, controls, "random topologies of the same size", COLORS[1])
+        band(axis, grid, controls, "random topologies of the same size", COLORS[2])
         axis.set_title(TASKS[task], fontsize=10)
         axis.set_xlabel("shared weight")
         axis.set_ylabel("reward, % of the highest" if task == "swing-up" else "test accuracy, %")
