@@ -329,6 +329,16 @@ def test_an_episode_ends_where_the_track_ends_or_the_force_is_no_number():
     assert float(broken) == 0
 
 
+def test_balance_is_the_time_upright_at_the_end():
+    silent = wa.Genome(5, 1, np.zeros(0, np.int64), np.zeros((7, 7), bool))  # no connection: no force
+    task = wa.SwingUp(steps=10)
+    for angle, expected in ((0.0, 1.0), (0.2, 1.0), (0.6, 0.0), (math.pi, 0.0)):
+        starts = torch.tensor([[0.0], [0.0], [angle], [0.0]])
+        assert float(task._simulate([silent], torch.ones(1), starts, None)[1]) == expected
+    starts = torch.tensor([[2.3, 0.0], [8.0, 0.0], [0.0, 0.0], [0.0, 0.0]])  # one leaves the track at once
+    assert float(task._simulate([silent], torch.ones(1), starts, None)[1]) == 0.5
+
+
 def test_starts_differ_by_seed_and_the_held_out_ones_stay():
     task = wa.SwingUp(episodes=3)
     assert not torch.equal(task.starts(1, 3), task.starts(2, 3))

@@ -159,8 +159,16 @@ def _weigh(config: Mapping[str, Any], data: Digits, needed: Sequence[Record]) ->
             seed=seed,
         )  # fmt: skip
     kinds["tuned"] = task.test(genomes, one, tuned)[:, 0].tolist()
+    balance: dict[str, list[float]] = {}
+    if isinstance(task, wa.SwingUp):
+        balance = {
+            "shared": task.balance(genomes, shared).mean(1).tolist(),
+            "best": task.balance(genomes, chosen).diagonal().tolist(),
+            "tuned": task.balance(genomes, one, tuned)[:, 0].tolist(),
+        }
     curve = task.test(genomes, grid)
     return Record({
+        "balance": balance,
         "kinds": kinds, "chosen": chosen.tolist(), "grid": grid.tolist(), "curves": curve.tolist(),
         "hidden": best.hidden, "size": best.size, "seconds": time.monotonic() - began,
     })  # fmt: skip
@@ -223,6 +231,7 @@ def _rounded(search: Record, weighed: Record) -> dict[str, Any]:
             "validation": [round(v, 4) for v in history["validation"]],
         },
         "kinds": {name: [round(v, 4) for v in values] for name, values in weighed.result["kinds"].items()},
+        "balance": {name: [round(v, 4) for v in values] for name, values in weighed.result["balance"].items()},
         "chosen": [round(v, 3) for v in weighed.result["chosen"]],
         "grid": [round(v, 4) for v in weighed.result["grid"]],
         "curves": [[round(v, 4) for v in row] for row in weighed.result["curves"]],
@@ -233,32 +242,47 @@ def _rounded(search: Record, weighed: Record) -> dict[str, Any]:
 
 
 def tables(found: Mapping[str, Any]) -> list[Table]:
-    """The four kinds of weights, for the networks found and for random topologies."""
+    """The four kinds of weights, for the networks found and for random topologies; and who balances."""
     rows: list[list[object]] = []
     for task, seeds in found["tasks"].items():
         for which, label in (("found", "found"), ("control", "random topology")):
-            cells: list[object] = []
-            for way in WAYS:
-                values = [_mean(s["kinds"][way][:1] if which == "found" else s["kinds"][way][1:]) for s in seeds]
-                cells.append(percent(values))
+            cells = [percent(_of(which, [seed["kinds"][way] for seed in seeds])) for way in WAYS]
             rows.append([TASKS[task], label, *cells])
         for which, label in (("found", "paper: found"), ("control", "paper: fixed topology")):
             if which in PAPER[task]:
                 rows.append([TASKS[task], label, *(PAPER[task][which][way] for way in WAYS)])
-    sizes = "; ".join(
-        f"{TASKS[task]}: {', '.join(str(s['size']) for s in seeds)} connections over "
+    sizes = [
+        f"{TASKS[task]}, found: {', '.join(str(s['size']) for s in seeds)} connections, "
         f"{', '.join(str(s['hidden']) for s in seeds)} hidden nodes"
         for task, seeds in found["tasks"].items()
-    )
+    ]
     shared = ", ".join(f"{value:g}" for value in wa.Config().shared)
+    count = over_seeds(found["plan"]["seeds"])
     notes = [
-        "swing-up: % of the highest reward; digits: % of test images right; " + over_seeds(found["plan"]["seeds"]),
+        f"swing-up: % of the highest reward; digits: % of test images right; {count}",
         f"random weights: uniform in [-2, 2]; shared, mean: over {shared}; shared, best: chosen on validation",
-        f"random topologies: {found['plan']['controls']} per seed, of the same size; the seeds found {sizes}",
+        f"random topologies: {found['plan']['controls']} per seed, as many connections and nodes as the network found",
+        *sizes,
         "the paper: swing-up 1,024 generations; MNIST at 16 x 16 pixels, 960 networks, 4,096 generations",
     ]
-    return [Table("Weight-agnostic networks: one topology, four kinds of weights",
-                  ["task", "topology", *WAYS.values()], rows, notes)]  # fmt: skip
+    title = "Weight-agnostic networks: one topology, four kinds of weights"
+    swing = found["tasks"]["swing-up"]
+    ways = swing[0]["balance"]
+    upright: list[list[object]] = [
+        [label, *(percent(_of(which, [seed["balance"][way] for seed in swing])) for way in ways)]
+        for which, label in (("found", "found"), ("control", "random topology"))
+    ]
+    explained = "% of the last 2 s of 16 test episodes with the pole within 26° of upright; a pole that turns round: 14"
+    explained = explained.replace("16", str(found["plan"]["held_out"]))
+    return [
+        Table(title, ["task", "topology", *WAYS.values()], rows, notes),
+        Table("Cart-pole: is it balanced?", ["topology", *(WAYS[way] for way in ways)], upright, [explained, count]),
+    ]
+
+
+def _of(which: str, seeds: Sequence[Sequence[float]]) -> list[float]:
+    """Per seed: the value of the network found, or the mean over its random topologies."""
+    return [values[0] if which == "found" else _mean(values[1:]) for values in seeds]
 
 
 def _mean(values: Sequence[float]) -> float:
