@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pruning: masks for weights, blocks, rows and columns; removal of neurons and channels; schedules."""
 
-from slimtorch.prune import lottery, scratch
+from slimtorch.prune import lottery, scratch, weight_agnostic
 from slimtorch.prune._verb import prune_
 from slimtorch.prune.group_lasso import GroupLasso, GroupReport
 from slimtorch.prune.importance import (
@@ -69,4 +69,5 @@ __all__ = [
     "prune_",
     "scratch",
     "sparsity",
+    "weight_agnostic",
 ]
