@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pruning: masks for weights, blocks, rows and columns; removal of neurons and channels; schedules."""
 
-from slimtorch.prune import lottery, scratch
+from slimtorch.prune import deconstruct, lottery, scratch, supermask
 from slimtorch.prune._verb import prune_
 from slimtorch.prune.importance import (
     L1,
@@ -57,10 +57,12 @@ __all__ = [
     "Taylor",
     "WeightImportance",
     "bake_",
+    "deconstruct",
     "lottery",
     "mask_like_",
     "masks",
     "prune_",
     "scratch",
     "sparsity",
+    "supermask",
 ]

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtorch import _select
+from slimtorch.prune import criteria
 from slimtorch.prune.magnitude import Magnitude, check_count, check_fraction, check_weight, prune_weights_
 from slimtorch.prune.mask import MASKABLE, install, mask_of, masks
 
@@ -180,6 +181,8 @@ def search(
     rewind: int = 0,
     folder: Path | None = None,
     config: Mapping[str, Any] | None = None,
+    criterion: str | criteria.Criterion = "large_final",
+    seed: int = 0,
 ) -> Iterator[Ticket]:
     """Trains, prunes the smallest weights of each layer, rewinds, and so on; yields each ticket once it is trained.
 
@@ -198,6 +201,10 @@ def search(
         folder: tickets are saved there, one file each, and read again by the same search: an interrupted one goes on
             after the last that is complete.
         config: anything JSON-ready that `train` depends on; with another one the folder is refused.
+        criterion: what stays: a name of `slimtorch.prune.deconstruct.CRITERIA`, or a function (initial, final) ->
+            scores of what is left of a layer, `initial` being the weights that tickets start from. "large_final":
+            magnitude.
+        seed: of the order in which other criteria break ties (and "random" chooses).
 
     Raises:
         ValueError: masks on the model already, no such layer, `train` ended before step `rewind` or left NaN weights, a
@@ -206,6 +213,8 @@ def search(
     """
     check_count("rounds", rounds, 0)
     check_count("rewind", rewind, 0)
+    check_count("seed", seed, 0)
+    named = criteria.name_of(criterion)
     if not callable(train):
         raise TypeError(f"train: expected a callable, got {type(train).__name__}")
     by_glob: dict[str, float | None] = dict(rates) if isinstance(rates, Mapping) else {"*": rates}
@@ -225,7 +234,9 @@ def search(
         "start": _digest(start),
         "train": json.loads(json.dumps(dict(config or {}))),
     }
-    return _search(model, train, rounds, rewind, folder, asked, start)
+    if named != "large_final":
+        asked |= {"criterion": named, "seed": seed}
+    return _search(model, train, rounds, rewind, folder, asked, start, criteria.get(criterion))
 
 
 def _search(
@@ -236,6 +247,7 @@ def _search(
     folder: Path | None,
     asked: dict[str, Any],
     start: dict[str, Tensor],
+    criterion: criteria.Criterion,
 ) -> Iterator[Ticket]:
     modules = dict(model.named_modules())
     install([(modules[n], torch.ones_like(cast(Tensor, modules[n].weight), dtype=torch.bool)) for n in asked["rates"]])
@@ -243,7 +255,10 @@ def _search(
         path = None if folder is None else folder / f"round-{index:02d}.safetensors"
         ticket = None if path is None or not path.exists() else _stored(path, asked, index)
         if index:
-            _prune(model, asked["rates"], index)
+            if "criterion" in asked:
+                _prune_by(criterion, model, start, asked, index)
+            else:
+                _prune(model, asked["rates"], index)
             _load(model, start)
         if ticket is None:
             ticket, start = _train(model, train, index, rewind, start, asked)
@@ -287,10 +302,27 @@ def _prune(model: nn.Module, rates: Mapping[str, float], index: int) -> None:
     prune_weights_(model, config)
 
 
+def _prune_by(
+    criterion: criteria.Criterion, model: nn.Module, start: Mapping[str, Tensor], asked: Mapping[str, Any], index: int
+) -> None:
+    """The same by a criterion, from where the weights began and where they are now."""
+    final = _state(model)
+    keys = {name: f"{name}.weight" if name else "weight" for name in asked["rates"]}
+    kept = criteria.choose(
+        criterion,
+        {name: start[key] for name, key in keys.items()},
+        {name: final[key] for name, key in keys.items()},
+        {name: (1.0 - rate) ** index for name, rate in asked["rates"].items()},
+        within=masks(model),
+        seed=asked["seed"] + index,
+    )
+    install([(model.get_submodule(name), keep) for name, keep in kept.items()])
+
+
 def _stored(path: Path, asked: dict[str, Any], index: int) -> Ticket:
     ticket = Ticket.load(path)
     if ticket.config != asked:
-        others = sorted(k for k in asked if ticket.config.get(k) != asked[k])
+        others = sorted(k for k in asked.keys() | ticket.config.keys() if ticket.config.get(k) != asked.get(k))
         raise ValueError(
             f"folder: {str(path)!r} is of another search (different: {', '.join(others)}); take another folder"
         )
