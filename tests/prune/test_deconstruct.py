@@ -81,7 +81,8 @@ def test_both_large_cuts_the_same_share_of_both() -> None:
         beyond = [(first >= r) & (last >= r) for r in range(1000)]
         narrow = next(inside for inside in beyond if int(inside.sum()) <= 200)
         wide = next(inside for inside in reversed(beyond) if int(inside.sum()) >= 200)
-        assert not bool((narrow & ~kept).any()) and not bool((kept & ~wide).any())
+        assert not bool((narrow & ~kept).any())
+        assert not bool((kept & ~wide).any())
         assert int((wide & ~narrow).sum()) <= 2  # two weights may lie on the same threshold, one in each direction
 
 
@@ -152,8 +153,10 @@ def test_reshuffle_stays_within_what_is_kept() -> None:
     for name, kept in ticket.masks.items():
         old = ticket.start[f"{name}.weight"][kept]
         new, same = lost.start[f"{name}.weight"][kept], signed.start[f"{name}.weight"][kept]
-        assert torch.equal(old.sort().values, new.sort().values) and not torch.equal(old, new)
-        assert torch.equal(old.abs().sort().values, same.abs().sort().values) and not torch.equal(old, same)
+        assert torch.equal(old.sort().values, new.sort().values)
+        assert torch.equal(old.abs().sort().values, same.abs().sort().values)
+        assert not torch.equal(old, new)
+        assert not torch.equal(old, same)
         assert torch.equal(old.sign(), same.sign())
     again = deconstruct.mask_1(ticket, "reshuffle", keep_sign=False, seed=1)
     assert all(torch.equal(again.start[k], v) for k, v in lost.start.items())
@@ -191,7 +194,8 @@ def test_frozen_weights_stay_where_they_are() -> None:
     assert torch.equal(loaded(x), model(x))
     expected, parameter = model(x), model[0].parametrizations.weight.original
     assert deconstruct.bake_(model) == ["0", "2"]
-    assert torch.equal(model(x), expected) and model[0].weight is parameter
+    assert torch.equal(model(x), expected)
+    assert model[0].weight is parameter
     assert model.state_dict().keys() == net().state_dict().keys()
     assert slim.prune.masks(model) == {}
     assert torch.equal(loaded(x), expected)  # a copy of a baked layer's class is not touched

@@ -79,7 +79,8 @@ def test_rescaling_and_signed_constants() -> None:
         assert 200 < ones < 400
         alpha = float(weight.std()) * 600 / ones
         torch.testing.assert_close(now, torch.where(now != 0, weight.sign() * alpha, 0.0))
-    assert "kept" in str(report) and report.to_dict()["kept"] == 0.5
+    assert "50.00%" in str(report)
+    assert report.to_dict()["kept"] == 0.5
 
 
 def test_everything_but_scores_is_frozen_and_training_learns() -> None:
@@ -101,7 +102,7 @@ def test_everything_but_scores_is_frozen_and_training_learns() -> None:
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
     later = supermask.sampled(model, accuracy, samples=5, seed=0)
-    assert sum(later) / 5 > 0.7 > 0.45 > sum(first) / 5
+    assert sum(later) / 5 > 0.6 > 0.45 > sum(first) / 5
     for name in ("0", "2"):
         assert torch.equal(model.get_submodule(name).parametrizations.weight.original, before[f"{name}.weight"])
         assert torch.equal(model.get_submodule(name).bias, before[f"{name}.bias"])
@@ -215,7 +216,7 @@ def test_by_criterion_needs_no_training() -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(ValueError, match="'initial'|initial, signed_constant"):
+    with pytest.raises(ValueError, match="one of initial, signed_constant"):
         Bernoulli(weights="ones")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="finite"):
         Bernoulli(start=float("nan"))

@@ -7,7 +7,7 @@ section 5; by scores: Ramanujan et al., "What's Hidden in a Randomly Weighted Ne
     supermask.sampled(model, accuracy, samples=10, seed=0)   as the paper evaluates
     supermask.bake_(model)                                   an ordinary pruned model; slim.pack_ runs it
 
-    layer.weight ──▶ where(mask, original, 0) · scale        mask ~ Bernoulli(sigmoid(m)) in training, p >= 1/2 in eval
+    layer.weight ──▶ original · mask · scale                 mask ~ Bernoulli(sigmoid(m)) in training, p >= 1/2 in eval
                                                              scale = weights / ones, with rescale=True
 
 Supermasks that need no training of their own, drawn by a criterion, are tickets: `by_criterion`.
@@ -159,14 +159,11 @@ class Scores(nn.Module, ABC):
         if self._held is not None:
             mask = self._held
         else:
-            with torch.no_grad():
-                mask = self.draw() if self.training else self.likely()
-        scale = self.scale(mask)
-        if mask.dtype != torch.bool:
-            return original * (mask * scale)
-        if not (torch.is_grad_enabled() and self.scores.requires_grad):
-            return torch.where(mask, original * scale, 0)
-        return cast(Tensor, _StraightThrough.apply(original * scale, self.scores, mask, self._slope()))
+            mask = self.draw() if self.training else self.likely()
+        ones = mask.to(original.dtype) * self.scale(mask)  # a product of numbers: `where` is slower on CPUs
+        if mask.dtype != torch.bool or not (torch.is_grad_enabled() and self.scores.requires_grad):
+            return original * ones
+        return cast(Tensor, _StraightThrough.apply(original, self.scores, ones, self._slope() * self.scale(mask)))
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Lets `layer.weight = tensor` work: the mask applies to the new weight. ValueError on another shape."""
@@ -223,11 +220,11 @@ class TopKScores(Scores):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """where(mask, weight, 0), with the gradient of weight · mask(scores) where d mask / d scores = slope."""
+    """weight · mask, with the gradient that it has where d mask / d scores = slope."""
 
     @staticmethod
     def forward(weight: Tensor, scores: Tensor, mask: Tensor, slope: Tensor) -> Tensor:
-        return torch.where(mask, weight, 0)
+        return weight * mask
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -237,8 +234,8 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         weight, mask, slope = ctx.saved_tensors
-        of_weight = torch.where(mask, gradient, 0) if ctx.needs_input_grad[0] else None
-        of_scores = gradient * weight * slope if ctx.needs_input_grad[1] else None
+        of_weight = gradient * mask if ctx.needs_input_grad[0] else None
+        of_scores = gradient * (weight * slope) if ctx.needs_input_grad[1] else None
         return of_weight, of_scores, None, None
 
 
