@@ -27,6 +27,8 @@ EXPERIMENTS = {
     "weight-clustering": ("weight_clustering", "bits of shared weights against accuracy, by initialisation"),
     "binary-connect": ("binary_connect", "binary weights as a regularizer: none, deterministic, stochastic, dropout"),
     "binary-net": ("binary_net", "binary weights and activations, trained, packed and timed"),
+    "deconstructing": ("deconstructing", "what makes a lottery ticket: criteria, starting values, signs, frozen values"),
+    "supermask": ("supermask", "masks that make an untrained network work: by criterion, and learned"),
     "xnor-net": ("xnor_net", "binary convolutions with scales: full, binary weights, XNOR"),
     "rethinking": ("rethinking", "pruned shapes: fine-tuned, or trained from scratch"),
     "weight-agnostic": ("weight_agnostic", "topologies that classify and balance with any shared weight"),

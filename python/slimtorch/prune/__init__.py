@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pruning: masks for weights, blocks, rows and columns; removal of neurons and channels; schedules."""
 
-from slimtorch.prune import lottery, scratch, weight_agnostic
+from slimtorch.prune import deconstruct, lottery, scratch, supermask, weight_agnostic
 from slimtorch.prune._verb import prune_
 from slimtorch.prune.group_lasso import GroupLasso, GroupReport
 from slimtorch.prune.importance import (
@@ -63,11 +63,13 @@ __all__ = [
     "Taylor",
     "WeightImportance",
     "bake_",
+    "deconstruct",
     "lottery",
     "mask_like_",
     "masks",
     "prune_",
     "scratch",
     "sparsity",
+    "supermask",
     "weight_agnostic",
 ]

@@ -41,6 +41,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtorch import _select
+from slimtorch.prune import criteria
 from slimtorch.prune.magnitude import CHUNK, check_count, check_fraction, check_weight, largest
 from slimtorch.prune.mask import MASKABLE, install, mask_of, masks
 
@@ -112,7 +113,9 @@ class Ticket:
             moved[name] = mask.flatten()[order.to(mask.device)].view(mask.shape)
         return replace(self, masks=moved, final={}, result=None)
 
-    def pruned(self, rates: float | Mapping[str, float]) -> Ticket:
+    def pruned(
+        self, rates: float | Mapping[str, float], criterion: str | criteria.Criterion = "large_final", seed: int = 0
+    ) -> Ticket:
         """The ticket of the next round, not trained: less of each layer, the same start.
 
         Of each layer the weights of least magnitude after training go, so that 1 - (1 - rate)^(round + 1) of all its
@@ -120,19 +123,33 @@ class Ticket:
 
         Args:
             rates: share of what remains that goes, in [0, 1): one number, or by the exact name of each masked layer.
+            criterion: another than magnitude, see `search`.
+            seed: of the order in which another criterion breaks ties; each round has one of its own.
 
         Raises:
-            ValueError: the ticket was not trained, a layer has no rate or would lose all its weights, or its trained
-                weights hold NaN.
+            ValueError: the ticket was not trained, a layer has no rate or would lose all its weights, its trained
+                weights hold NaN, or no criterion has that name.
         """
         if not self.final:
             raise ValueError("pruned: expected a ticket that was trained, got one without final weights")
         by_name = dict(rates) if isinstance(rates, Mapping) else dict.fromkeys(self.masks, rates)
         if by_name.keys() != self.masks.keys():
             raise ValueError(f"rates: expected one for each of {sorted(self.masks)}, got {sorted(by_name)}")
+        for name, rate in by_name.items():
+            check_fraction(f"rates[{name!r}]", rate)
+        if criteria.get(criterion) is not criteria.large_final:
+            keys = {name: f"{name}.weight" if name else "weight" for name in self.masks}
+            smaller = criteria.choose(
+                criterion,
+                {name: self.start[key] for name, key in keys.items()},
+                {name: self.final[key] for name, key in keys.items()},
+                {name: (1.0 - rate) ** (self.round + 1) for name, rate in by_name.items()},
+                within=self.masks,
+                seed=seed + self.round + 1,
+            )
+            return replace(self, round=self.round + 1, masks=smaller, final={}, result=None)
         smaller = {}
         for name, mask in self.masks.items():
-            check_fraction(f"rates[{name!r}]", by_name[name])
             weight = self.final[f"{name}.weight" if name else "weight"].flatten()
             if bool(weight.isnan().any()):
                 raise ValueError(f"pruned: the trained weight of layer {name!r} holds NaN")
@@ -228,6 +245,8 @@ def search(
     rewind: int = 0,
     folder: Path | None = None,
     config: Mapping[str, Any] | None = None,
+    criterion: str | criteria.Criterion = "large_final",
+    seed: int = 0,
 ) -> Iterator[Ticket]:
     """Trains, prunes the smallest weights of each layer, rewinds, and so on; yields each ticket once it is trained.
 
@@ -246,6 +265,10 @@ def search(
         folder: tickets are saved there, one file each, and read again by the same search: an interrupted one goes on
             after the last that is complete.
         config: anything JSON-ready that `train` depends on; with another one the folder is refused.
+        criterion: what stays: a name of `slimtorch.prune.deconstruct.CRITERIA`, or a function (initial, final) ->
+            scores of what is left of a layer, `initial` being the weights that tickets start from. "large_final":
+            magnitude.
+        seed: of the order in which other criteria break ties (and "random" chooses).
 
     Raises:
         ValueError: masks on the model already, no such layer, `train` ended before step `rewind`, took no step in a
@@ -254,6 +277,8 @@ def search(
     """
     check_count("rounds", rounds, 0)
     check_count("rewind", rewind, 0)
+    check_count("seed", seed, 0)
+    named = criteria.name_of(criterion)
     if not callable(train):
         raise TypeError(f"train: expected a callable, got {type(train).__name__}")
     by_glob: dict[str, float | None] = dict(rates) if isinstance(rates, Mapping) else {"*": rates}
@@ -273,7 +298,9 @@ def search(
         "start": _digest(start),
         "train": json.loads(json.dumps(dict(config or {}))),
     }
-    return _search(model, train, rounds, rewind, folder, asked, start)
+    if named != "large_final":
+        asked |= {"criterion": named, "seed": seed}
+    return _search(model, train, rounds, rewind, folder, asked, start, criteria.get(criterion))
 
 
 def _search(
@@ -284,6 +311,7 @@ def _search(
     folder: Path | None,
     asked: dict[str, Any],
     start: dict[str, Tensor],
+    criterion: criteria.Criterion,
 ) -> Iterator[Ticket]:
     modules = dict(model.named_modules())
     whole = {n: torch.ones_like(cast(Tensor, modules[n].weight), dtype=torch.bool) for n in asked["rates"]}
@@ -291,7 +319,7 @@ def _search(
     dense = 0  # steps of the dense training
     for index in range(rounds + 1):
         if index:
-            ticket = ticket.pruned(asked["rates"])
+            ticket = ticket.pruned(asked["rates"], criterion, asked.get("seed", 0))
         path = None if folder is None else folder / f"round-{index:02d}.safetensors"
         if path is not None and path.exists():
             ticket = _stored(path, asked, index)
@@ -345,7 +373,7 @@ def _magnitude(weight: Tensor, kept: Tensor) -> Tensor:
 def _stored(path: Path, asked: dict[str, Any], index: int) -> Ticket:
     ticket = Ticket.load(path)
     if ticket.config != asked:
-        others = sorted(k for k in asked if ticket.config.get(k) != asked[k])
+        others = sorted(k for k in asked.keys() | ticket.config.keys() if ticket.config.get(k) != asked.get(k))
         raise ValueError(
             f"folder: {str(path)!r} is of another search (different: {', '.join(others)}); take another folder"
         )
