@@ -27,11 +27,21 @@ from slimtorch.prune.mask import Mask, bake_, mask_like_, masks, sparsity
 from slimtorch.prune.neurons import Neurons
 from slimtorch.prune.report import PrunedLayer, PruneReport
 from slimtorch.prune.schedule import Cubic, Iterative, OneShot, Pruner, Schedule
+from slimtorch.prune.sensitivity import (
+    Allocation,
+    LatencyTable,
+    ScanStopped,
+    Sensitivity,
+    allocate,
+    sensitivity,
+    time_layers,
+)
 
 __all__ = [
     "L1",
     "L2",
     "APoZ",
+    "Allocation",
     "BatchNorm",
     "Cubic",
     "Evidence",
@@ -39,6 +49,7 @@ __all__ = [
     "Group",
     "Importance",
     "Iterative",
+    "LatencyTable",
     "LifeLong",
     "Magnitude",
     "Mask",
@@ -50,17 +61,22 @@ __all__ = [
     "PrunedLayer",
     "Pruner",
     "Random",
+    "ScanStopped",
     "Schedule",
     "SecondOrder",
+    "Sensitivity",
     "Slots",
     "Snip",
     "Taylor",
     "WeightImportance",
+    "allocate",
     "bake_",
     "lottery",
     "mask_like_",
     "masks",
     "prune_",
     "scratch",
+    "sensitivity",
     "sparsity",
+    "time_layers",
 ]
