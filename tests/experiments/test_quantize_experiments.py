@@ -40,9 +40,9 @@ def _run(name: str, out: Path, settings: Settings) -> tuple[Result, list[tuple[s
 def test_deep_compression_from_training_to_a_timed_file(
     few: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result, seen = _run("deep-compression", tmp_path, Settings(quick=True))
+    result, seen = _run("deep-compression", tmp_path, Settings(quick=True, jobs=1))
     assert FEW in result.lead
-    assert ("training", 2, 2) in seen
+    assert ("train", 2, 2) in seen
     for network, found in result.data["networks"].items():
         names = [step["name"] for step in found["steps"]]
         assert names[0] == "dense"
@@ -64,16 +64,16 @@ def test_deep_compression_from_training_to_a_timed_file(
         raise AssertionError("trained again")
 
     # What is stored is not trained again, and a file that is gone comes back from the store.
-    monkeypatch.setattr(deep_compression, "train_unit", no_training)
+    monkeypatch.setattr(deep_compression, "train", no_training)
     (tmp_path / "deep-lenet300-seed0.slim").unlink()
-    again, _ = _run("deep-compression", tmp_path, Settings(quick=True))
+    again, _ = _run("deep-compression", tmp_path, Settings(quick=True, jobs=1))
     assert again.data["networks"]["lenet300"]["steps"] == steps
     assert (tmp_path / "deep-lenet300-seed0.slim").exists()
 
 
 def test_weight_clustering_over_bits_and_starts(few: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result, seen = _run("weight-clustering", tmp_path, Settings(quick=True))
-    assert ("training", 7, 7) in seen
+    result, seen = _run("weight-clustering", tmp_path, Settings(quick=True, jobs=1))
+    assert ("train", 7, 7) in seen
     accuracy = result.data["accuracy"]
     assert set(accuracy) == {"whole", "pruned"}
     assert set(accuracy["pruned"]) == {"linear", "uniform"}
@@ -81,12 +81,12 @@ def test_weight_clustering_over_bits_and_starts(few: Digits, tmp_path: Path, mon
     assert set(result.data["aware"]) == {"1", "3"}
     assert result.data["bytes"]["pruned"]["3"] < result.data["bytes"]["whole"]["3"]
     monkeypatch.setattr(weight_clustering, "_run_unit", lambda *_: pytest.fail("trained again"))
-    again, _ = _run("weight-clustering", tmp_path, Settings(quick=True))
+    again, _ = _run("weight-clustering", tmp_path, Settings(quick=True, jobs=1))
     assert again.data["accuracy"] == accuracy
 
 
 def test_images_of_another_size_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split = Split(torch.zeros(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64))
-    monkeypatch.setattr(deep_compression, "load_folder", lambda folder: Digits(split, split, split))
+    monkeypatch.setattr(deep_compression, "load", lambda name: (Digits(split, split, split), FEW))
     with pytest.raises(ValueError, match="data: expected MNIST's images of 1x28x28, got 3x32x32"):
-        _run("deep-compression", tmp_path, Settings(data=tmp_path))
+        _run("deep-compression", tmp_path, Settings(data=str(tmp_path)))

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from slimtorch.data import digits
-from slimtorch.experiments.store import Store
+from slimtorch.data import Digits, digits
+from slimtorch.experiments.store import Record
 from slimtorch.experiments.training import (
     NETWORKS,
     PRUNED,
@@ -17,10 +17,10 @@ from slimtorch.experiments.training import (
     block_config,
     neuron_ratio,
     restore,
-    run_unit,
+    train_unit,
     units,
 )
-from slimtorch.measure import count_parameters
+from slimtorch.measure import count_parameters, threads_of_torch
 
 RECIPE = Recipe(train=100, validation=50, test=100, epochs=0.25)
 
@@ -30,9 +30,10 @@ def data():
     return digits(RECIPE.train, RECIPE.validation, RECIPE.test)
 
 
-@pytest.fixture
-def store(tmp_path):
-    return Store(tmp_path)
+def train(unit: Unit, data: Digits) -> Record:
+    """The record of a unit, after those it needs."""
+    needed = [] if unit.needs is None else [train(unit.needs, data)]
+    return train_unit(unit, RECIPE, data, needed)
 
 
 def test_units_come_after_what_they_need():
@@ -56,11 +57,8 @@ def test_any_part_of_the_configuration_changes_the_key():
 
 @pytest.mark.parametrize("method", [Method.ONE_SHOT, Method.ITERATIVE, Method.BLOCKS, Method.NEURONS])
 @pytest.mark.parametrize("network", ["lenet300", "lenet5"])
-def test_each_method_keeps_the_share_asked_for(network, method, data, store):
-    run_unit(Unit(network, Method.DENSE, 0.0, 0), RECIPE, data, store)
-    unit = Unit(network, method, 0.9, 0)
-    run_unit(unit, RECIPE, data, store)
-    record = store.load(unit.name, unit.config(RECIPE))
+def test_each_method_keeps_the_share_asked_for(network, method, data):
+    record = train(Unit(network, method, 0.9, 0), data)
     total = count_parameters(NETWORKS[network].build(NETWORKS[network].hidden))[0]
     assert record.result["nonzero"] / total == pytest.approx(0.1, abs=0.015)
     model = restore(network, record)
@@ -70,11 +68,8 @@ def test_each_method_keeps_the_share_asked_for(network, method, data, store):
     assert smaller == (method is Method.NEURONS)
 
 
-def test_blocks_are_whole_blocks(data, store):
-    run_unit(Unit("lenet5", Method.DENSE, 0.0, 0), RECIPE, data, store)
-    unit = Unit("lenet5", Method.BLOCKS, 0.8, 0)
-    run_unit(unit, RECIPE, data, store)
-    model = restore("lenet5", store.load(unit.name, unit.config(RECIPE)))
+def test_blocks_are_whole_blocks(data):
+    model = restore("lenet5", train(Unit("lenet5", Method.BLOCKS, 0.8, 0), data))
     for name, (rows, columns) in (("conv1", (4, 5)), ("conv2", (10, 25)), ("fc1", (16, 16))):
         matrix = model.get_submodule(name).weight.flatten(1)
         padded = torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % columns, 0, -matrix.shape[0] % rows))
@@ -106,35 +101,22 @@ def test_neuron_ratio():
             assert count_parameters(spec.build(widths))[0] / total == pytest.approx(1 - sparsity, rel=0.15)
 
 
-def test_the_control_has_the_widths_of_the_pruned_network_and_other_weights(data, store):
-    for unit in [unit for unit in units(["lenet300"], [0.9], 1) if unit.method in (Method.DENSE, Method.NEURONS)]:
-        run_unit(unit, RECIPE, data, store)
-    scratch, pruned = (Unit("lenet300", method, 0.9, 0) for method in (Method.SCRATCH, Method.NEURONS))
-    run_unit(scratch, RECIPE, data, store)
-    records = [store.load(unit.name, unit.config(RECIPE)) for unit in (scratch, pruned)]
+def test_the_control_has_the_widths_of_the_pruned_network_and_other_weights(data):
+    records = [train(Unit("lenet300", method, 0.9, 0), data) for method in (Method.SCRATCH, Method.NEURONS)]
     assert records[0].result["hidden"] == records[1].result["hidden"]
     assert not (records[0].arrays["fc1.weight"] == records[1].arrays["fc1.weight"]).any()
 
 
-def test_the_same_unit_gives_the_same_network(data, tmp_path):
-    unit = Unit("lenet300", Method.DENSE, 0.0, 3)
-    stores = [Store(tmp_path / name) for name in "ab"]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for number, store in enumerate(stores):
-        torch.manual_seed(number)
-        run_unit(unit, RECIPE, data, store)
-    torch.set_num_threads(threads)
-    first, second = (store.load(unit.name, unit.config(RECIPE)) for store in stores)
+def test_the_same_unit_gives_the_same_network(data):
+    records = []
+    with threads_of_torch(1):
+        for number in range(2):
+            torch.manual_seed(number)
+            records.append(train(Unit("lenet300", Method.DENSE, 0.0, 3), data))
+    first, second = records
     assert all((first.arrays[key] == second.arrays[key]).all() for key in first.arrays)
 
 
-def test_only_what_is_needed_again_is_kept_with_weights(data, store):
+def test_only_what_is_needed_again_is_kept_with_weights(data):
     for unit in (Unit("lenet300", Method.DENSE, 0.0, 1), Unit("lenet300", Method.ONE_SHOT, 0.5, 1)):
-        run_unit(unit, RECIPE, data, store)
-        assert bool(store.load(unit.name, unit.config(RECIPE)).arrays) == (unit.method is Method.DENSE)
-
-
-def test_a_unit_whose_need_is_missing_says_so(data, store):
-    with pytest.raises(LookupError, match="lenet300-dense-seed0, which is not stored"):
-        run_unit(Unit("lenet300", Method.BLOCKS, 0.5, 0), RECIPE, data, store)
+        assert bool(train(unit, data).arrays) == (unit.method is Method.DENSE)

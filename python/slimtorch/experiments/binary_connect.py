@@ -4,16 +4,20 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from slimtorch.experiments.binary_training import Plan, Variant, errors_of, load, percent, row_data, train_all
+from slimtorch.data import load
+from slimtorch.experiments.binary_training import Plan, Variant, errors_of, row_data, train_all
 from slimtorch.experiments.catalogue import Experiment, Progress, Result, Settings
 from slimtorch.experiments.machine import describe
 from slimtorch.experiments.store import Record
+from slimtorch.experiments.summary import over_seeds, percent
 from slimtorch.quantize import BinaryConnect
 from slimtorch.report import Table
 
@@ -42,13 +46,7 @@ def mlp(shape: tuple[int, ...], width: int, hidden: int = 3, dropout: bool = Fal
 
 def variants(width: int) -> dict[str, Variant]:
     """The four rows of the paper's table."""
-
-    def plain(shape: tuple[int, ...]) -> nn.Module:
-        return mlp(shape, width)
-
-    def dropped(shape: tuple[int, ...]) -> nn.Module:
-        return mlp(shape, width, dropout=True)
-
+    plain, dropped = partial(mlp, width=width), partial(mlp, width=width, dropout=True)
     return {
         "none": Variant("no regularizer", plain, None, RATE),
         "det": Variant("BinaryConnect, deterministic", plain, BinaryConnect(), RATE, uniform=True),
@@ -57,13 +55,19 @@ def variants(width: int) -> dict[str, Variant]:
     }
 
 
+def plan_for(settings: Settings) -> tuple[int, Plan]:
+    """Width of the hidden layers, and how much is trained."""
+    if settings.quick:
+        return 256, Plan(epochs=5, seeds=settings.seeds or 1)
+    return 384, Plan(epochs=24, seeds=settings.seeds or 5)
+
+
 def run(settings: Settings, out: Path, progress: Progress) -> Result:
     """Train the four rows and tell what came of them."""
-    width = 256 if settings.quick else 384
-    plan = Plan(epochs=5, seeds=settings.seeds or 1) if settings.quick else Plan(epochs=24, seeds=settings.seeds or 5)
-    data, what = load(settings)
+    width, plan = plan_for(settings)
+    data, what = load(settings.data, settings.quick)
     rows, inputs = variants(width), data.train.images[0].numel()
-    found = train_all("binary-connect", rows, plan, data, out, progress, keep_weights=False)
+    found = train_all("binary-connect", rows, plan, data, out, settings, progress, keep_weights=False)
     table = Table(
         "BinaryConnect: binary weights as a regularizer",
         ["network", "test error, %", "inference", "paper, %"],
@@ -73,7 +77,7 @@ def run(settings: Settings, out: Path, progress: Progress) -> Result:
         ],
         [
             f"{inputs} - 3 x {width} - 10, batch-norm, squared hinge loss, Adam, {plan.epochs} epochs; mean ± standard "
-            f"deviation over {plan.seeds} seed{'s' if plan.seeds > 1 else ''}",
+            f"deviation over {over_seeds(plan.seeds)}",
             f"trained on {what}; the paper: all of MNIST, 1,000 epochs, more units",
         ],
     )
@@ -96,9 +100,9 @@ def run(settings: Settings, out: Path, progress: Progress) -> Result:
 
 
 def _curves(found: dict[str, list[Record]], rows: dict[str, Variant]) -> Figure:
-    from slimtorch.experiments.plots import _figure, _plain_ticks
+    from slimtorch.experiments.plots import new_figure, plain_ticks
 
-    figure, axes = _figure(2)
+    figure, axes = new_figure(2)
     for axis, key, label, factor in (
         (axes[0], "validation_error", "validation error, %", 100),
         (axes[1], "training_loss", "training loss (squared hinge)", 1),
@@ -110,16 +114,16 @@ def _curves(found: dict[str, list[Record]], rows: dict[str, Variant]) -> Figure:
         axis.set_yscale("log")
         axis.set_xlabel("epoch")
         axis.set_ylabel(label)
-        _plain_ticks(axis.yaxis)
+        plain_ticks(axis.yaxis)
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
 def _histograms(found: dict[str, list[Record]], rows: dict[str, Variant]) -> Figure:
-    from slimtorch.experiments.plots import _figure
+    from slimtorch.experiments.plots import new_figure
 
     names = ("none", "det", "stoch")
-    figure, axes = _figure(len(names), height=3.2, width=3.8)
+    figure, axes = new_figure(len(names), height=3.2, width=3.8)
     for axis, name in zip(axes, names, strict=True):
         shares = found[name][0].result["first_layer_histogram"]
         width = 2 / len(shares)
@@ -135,5 +139,6 @@ EXPERIMENT = Experiment(
     name="binary-connect",
     about="binary weights as a regularizer: none, deterministic, stochastic, dropout",
     paper="arXiv 1511.00363",
+    config=lambda settings: {"width": plan_for(settings)[0], **asdict(plan_for(settings)[1])},
     run=run,
 )

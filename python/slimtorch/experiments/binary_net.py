@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from slimtorch.data import load
 from slimtorch.experiments.binary_connect import mlp
 from slimtorch.experiments.binary_training import (
     Plan,
@@ -17,9 +20,7 @@ from slimtorch.experiments.binary_training import (
     agreement,
     errors_of,
     latency_data,
-    load,
     packed_copy,
-    percent,
     predict,
     restore,
     row_data,
@@ -30,6 +31,7 @@ from slimtorch.experiments.binary_training import (
 from slimtorch.experiments.catalogue import Experiment, Progress, Result, Settings
 from slimtorch.experiments.machine import describe, headline
 from slimtorch.experiments.rivals import best_dense
+from slimtorch.experiments.summary import over_seeds, percent
 from slimtorch.measure import Latency, memory_bytes
 from slimtorch.nn.fuse_binary import fuse_binary_
 from slimtorch.quantize import BinaryNet, binarize_
@@ -55,22 +57,28 @@ def binary_mlp(shape: tuple[int, ...], width: int, hidden: int = 3) -> nn.Sequen
 def variants(width: int) -> dict[str, Variant]:
     """The network with real weights and ReLU, and the binary one."""
     return {
-        "real": Variant("real weights, ReLU", lambda shape: mlp(shape, width), None, rate=RATE),
-        "binary": Variant("BinaryNet", lambda shape: binary_mlp(shape, width), BinaryNet(), rate=RATE, uniform=True),
+        "real": Variant("real weights, ReLU", partial(mlp, width=width), None, rate=RATE),
+        "binary": Variant("BinaryNet", partial(binary_mlp, width=width), BinaryNet(), rate=RATE, uniform=True),
     }
 
 
 RATE = 1e-2  # chosen on the validation images
 
 
+def plan_for(settings: Settings) -> tuple[int, Plan]:
+    """Width of the hidden layers, and how much is trained."""
+    if settings.quick:
+        return 256, Plan(epochs=5, seeds=settings.seeds or 1)
+    return 512, Plan(epochs=20, seeds=settings.seeds or 5)
+
+
 def run(settings: Settings, out: Path, progress: Progress) -> Result:
     """Train both networks, pack the binary one, compare predictions and time."""
-    width = 256 if settings.quick else 512
-    plan = Plan(epochs=5, seeds=settings.seeds or 1) if settings.quick else Plan(epochs=20, seeds=settings.seeds or 5)
-    data, what = load(settings)
+    width, plan = plan_for(settings)
+    data, what = load(settings.data, settings.quick)
     shape = tuple(data.train.images.shape[1:])
     rows = variants(width)
-    found = train_all("binary-net", rows, plan, data, out, progress)
+    found = train_all("binary-net", rows, plan, data, out, settings, progress)
 
     progress("check", 0, 1)
     same, total = agreement(rows["binary"], found["binary"], data.test)
@@ -108,7 +116,7 @@ def run(settings: Settings, out: Path, progress: Progress) -> Result:
         ],
         [
             f"{shape[0] * shape[1] * shape[2]} - 3 x {width} - 10, squared hinge loss, Adam, {plan.epochs} epochs; "
-            f"mean ± standard deviation over {plan.seeds} seed{'s' if plan.seeds > 1 else ''}",
+            f"mean ± standard deviation over {over_seeds(plan.seeds)}",
             f"trained on {what}; the paper on all of MNIST, 3 x 4096 units: 0.96 to 1.40 %",
             "agrees: predictions of the packed network and of the trained layers in plain torch, all seeds; outputs in "
             "eval mode are the same to the bit",
@@ -162,15 +170,15 @@ def curves(rows: Any, found: Any) -> Figure:
     """Validation error by epoch, one line per row."""
     import statistics
 
-    from slimtorch.experiments.plots import _BARS, _figure, _plain_ticks
+    from slimtorch.experiments.plots import COLORS, new_figure, plain_ticks
 
-    figure, (axis,) = _figure(1, height=3.6)
-    for (name, records), color in zip(found.items(), _BARS[::2], strict=False):
+    figure, (axis,) = new_figure(1, height=3.6)
+    for (name, records), color in zip(found.items(), COLORS[::2], strict=False):
         values = zip(*(record.result["validation_error"] for record in records), strict=True)
         means = [100 * statistics.fmean(value) for value in values]
         axis.plot(range(1, len(means) + 1), means, label=rows[name].title, color=color, linewidth=1.6)
     axis.set_yscale("log")
-    _plain_ticks(axis.yaxis)
+    plain_ticks(axis.yaxis)
     axis.set_xlabel("epoch")
     axis.set_ylabel("validation error, %")
     axis.legend(fontsize=8, frameon=False)
@@ -179,9 +187,9 @@ def curves(rows: Any, found: Any) -> Figure:
 
 def speed_bars(times: dict[int, dict[int, dict[str, Latency]]]) -> Figure:
     """Speed-up of "fused" over torch and over the best dense code, a group of bars per size and batch."""
-    from slimtorch.experiments.plots import _BARS, _figure
+    from slimtorch.experiments.plots import COLORS, new_figure
 
-    figure, (axis,) = _figure(1, height=3.6)
+    figure, (axis,) = new_figure(1, height=3.6)
     cases = [(size, batch, found) for size, by_batch in times.items() for batch, found in by_batch.items()]
     over = {
         "over torch": [found["torch"].median / found["fused"].median for _, _, found in cases],
@@ -189,7 +197,7 @@ def speed_bars(times: dict[int, dict[int, dict[str, Latency]]]) -> Figure:
     }
     for index, (label, heights) in enumerate(over.items()):
         at = [position + (index - 0.5) * 0.38 for position in range(len(cases))]
-        bars = axis.bar(at, heights, 0.36, label=label, color=_BARS[index])
+        bars = axis.bar(at, heights, 0.36, label=label, color=COLORS[index])
         axis.bar_label(bars, [f"{height:.2g}x" for height in heights], fontsize=8)
     axis.axhline(1, color="black", linewidth=1)
     axis.set_xticks(range(len(cases)), [f"3 x {size}\nbatch {batch}" for size, batch, _ in cases], fontsize=8)
@@ -203,5 +211,6 @@ EXPERIMENT = Experiment(
     name="binary-net",
     about="binary weights and activations, trained, packed and timed",
     paper="arXiv 1602.02830",
+    config=lambda settings: {"width": plan_for(settings)[0], **asdict(plan_for(settings)[1])},
     run=run,
 )

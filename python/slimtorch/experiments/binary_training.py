@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What binary-connect, binary-net and xnor-net share: units of training that are kept, packing, timing."""
+"""What binary-connect, binary-net and xnor-net share: training, packing, timing."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from slimtorch.data import Digits, Split, digits, load_folder
+from slimtorch.data import Digits, Split
 from slimtorch.experiments.catalogue import Progress, Settings
 from slimtorch.experiments.rivals import best_dense, dense_rivals
-from slimtorch.experiments.store import Record, Store
+from slimtorch.experiments.store import Record
+from slimtorch.experiments.trials import Trial, run_all
 from slimtorch.measure import Latency, interleave, threads_of_torch
 from slimtorch.quantize import LatentBinary, binarize_, squared_hinge_loss
 from slimtorch.quantize.binary_layers import Method
 
-VERSION = 1  # raise it when the code below trains differently: stored units of the old code are then not used
+VERSION = 1  # raise it when the code below trains differently: stored trials of the old code are then not used
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,20 @@ class Plan:
     batch_size: int = 100
 
 
-def load(settings: Settings) -> tuple[Digits, str]:
-    """The data, and what it is in words."""
-    if settings.data is not None:
-        data = load_folder(settings.data)
-        name = f"the full data set in {settings.data.name!r}"
-    else:
-        data = digits(1000, 500, 1000) if settings.quick else digits()
-        name = "real handwritten digits, at small scale"
-    return data, f"{name} ({len(data.train):,} images to train on, {len(data.test):,} held out for the test)"
+@dataclass(frozen=True)
+class _Training:
+    """One variant from one seed, as a trial."""
+
+    variant: Variant
+    plan: Plan
+    seed: int
+    keep_weights: bool
+
+    def __call__(self, config: Mapping[str, Any], data: Digits, needed: Sequence[Record]) -> Record:
+        model, record = train(self.variant, self.plan, data, self.seed)
+        if not self.keep_weights:
+            return record
+        return Record(record.result, {key: value.numpy() for key, value in model.state_dict().items()})
 
 
 def train_all(
@@ -85,36 +91,26 @@ def train_all(
     plan: Plan,
     data: Digits,
     out: Path,
+    settings: Settings,
     progress: Progress,
     *,
     keep_weights: bool = True,
 ) -> dict[str, list[Record]]:
     """Every variant from every seed; what is stored in ``out`` is not trained again."""
-    store = Store(out / "units")
-    found: dict[str, list[Record]] = {name: [] for name in variants}
-    total, done = len(variants) * plan.seeds, 0
-    progress("train", done, total)
-    for seed in range(plan.seeds):  # seed after seed: an interrupted run has all rows
+    shape = tuple(data.train.images.shape[1:])
+    trials: dict[str, list[Trial]] = {name: [] for name in variants}
+    for seed in range(plan.seeds):
         for name, variant in variants.items():
-            shape = tuple(data.train.images.shape[1:])
             config = {
-                "version": VERSION, "torch": torch.__version__, "experiment": experiment, "variant": name,
-                "network": str(variant.build(shape)), "method": repr(variant.method), "rate": variant.rate,
-                "uniform": variant.uniform, "hinge": variant.hinge, "seed": seed, **asdict(plan), "seeds": None,
-                "data": [len(data.train), len(data.validation), len(data.test), *shape],
+                "version": VERSION, "network": str(variant.build(shape)), "method": repr(variant.method),
+                "rate": variant.rate, "uniform": variant.uniform, "hinge": variant.hinge, "seed": seed,
+                "epochs": plan.epochs, "batch_size": plan.batch_size, "keep_weights": keep_weights,
             }  # fmt: skip
-            unit = f"{experiment}-{name}-seed{seed}"
-            record = store.load(unit, config)
-            if record is None:
-                model, record = train(variant, plan, data, seed)
-                if keep_weights:
-                    state = {key: value.numpy() for key, value in model.state_dict().items()}
-                    record = Record(record.result, state)
-                store.save(unit, config, record)
-            found[name].append(record)
-            done += 1
-            progress("train", done, total)
-    return found
+            run = _Training(variant, plan, seed, keep_weights)
+            trials[name].append(Trial(f"{experiment}-{name}-seed{seed}", run, config))
+    every = [trial for of_seed in zip(*trials.values(), strict=True) for trial in of_seed]
+    records = run_all(every, data, out, settings, progress)
+    return {name: [records[trial.name] for trial in own] for name, own in trials.items()}
 
 
 def train(variant: Variant, plan: Plan, data: Digits, seed: int) -> tuple[nn.Module, Record]:
@@ -235,12 +231,6 @@ def speedup(latencies: Mapping[str, Latency], name: str) -> float:
 def errors_of(records: Sequence[Record]) -> list[float]:
     """Test errors of all seeds."""
     return [record.result["test_error"] for record in records]
-
-
-def percent(values: Sequence[float]) -> str:
-    """``5.12 ± 0.31`` in percent: mean and standard deviation over seeds (one seed: no deviation)."""
-    mean = 100 * statistics.fmean(values)
-    return f"{mean:.2f} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else f"{mean:.2f}"
 
 
 def row_data(variant: Variant, records: Sequence[Record]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ what a paper claims, and measures what the paper left out.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,16 +36,20 @@ class Settings:
     """What the user can choose.
 
     Attributes:
-        quick: under 40 seconds, for a first look.
+        quick: under a minute, for a first look.
         seeds: number of training seeds; None: the experiment's own.
-        data: folder with a full data set (see :func:`slimtorch.data.load_folder`); None: the 5,000 embedded digits.
+        data: ``"mnist"``, ``"cifar10"`` or a folder (see :func:`slimtorch.data.load`); None: the 5,000 embedded digits.
         threads: of torch while timing.
+        jobs: processes that train; None: one per core.
+        ray: train on a Ray cluster instead: its address, ``"auto"``, or ``"local"`` for one of this machine alone.
     """
 
     quick: bool = False
     seeds: int | None = None
-    data: Path | None = None
+    data: str | None = None
     threads: int = 1
+    jobs: int | None = None
+    ray: str | None = None
 
 
 @dataclass(frozen=True)
@@ -68,11 +72,15 @@ class Result:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One experiment: ``run(settings, out, progress)`` keeps finished pieces in the folder ``out``."""
+    """One experiment: ``run(settings, out, progress)`` keeps finished pieces in the folder ``out``.
+
+    ``config(settings)`` says, JSON-ready, what will be done: seeds, steps, rates.
+    """
 
     name: str
     about: str
     paper: str
+    config: Callable[[Settings], Mapping[str, Any]]
     run: Callable[[Settings, Path, Progress], Result]
 
 

@@ -8,26 +8,21 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
-import signal
 import statistics
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from slimtorch.data import Digits, Split, digits
-from slimtorch.experiments import machine
+from slimtorch.data import Digits, digits
+from slimtorch.experiments import catalogue, machine
 from slimtorch.experiments.rivals import FROZEN, ONEDNN, TORCH, best_dense, dense_rivals, frozen
 from slimtorch.experiments.store import Record, Store, digest
-from slimtorch.experiments.training import NETWORKS, PRUNED, TITLES, Method, Recipe, Unit, restore, run_unit, units
+from slimtorch.experiments.training import NETWORKS, PRUNED, TITLES, Method, Recipe, Unit, restore, trial_of, units
+from slimtorch.experiments.trials import run_all
 from slimtorch.measure import Latency, count_macs, disk_bytes, interleave, memory_bytes, threads_of_torch
 from slimtorch.report import Table
 
@@ -284,96 +279,40 @@ def run(settings: Settings, out: Path, *, jobs: int | None = None, progress: Pro
         ImportError: mlxtend is missing.
         KeyboardInterrupt: passed on after the units under way were stored.
     """
-    store = Store(out / "units")
     recipe = settings.recipe
     todo = units(settings.networks, settings.sparsities, settings.seeds)
-    missing = [unit for unit in todo if store.load(unit.name, unit.config(recipe)) is None]
-    progress("training", len(todo) - len(missing), len(todo))
-    data = None
-    if missing:
-        data = digits(recipe.train, recipe.validation, recipe.test)
-        for index, _ in enumerate(_train_all(missing, recipe, data, store, jobs or machine.cores()), start=1):
-            progress("training", len(todo) - len(missing) + index, len(todo))
-
+    data = digits(recipe.train, recipe.validation, recipe.test)
+    trials = [trial_of(unit, recipe) for unit in todo]
+    records = run_all(trials, data, out, catalogue.Settings(jobs=jobs), progress, "training")
+    store = Store(out / "times")
     with threads_of_torch(settings.threads):
         facts = machine.describe(settings.threads)
         networks = {}
         for network in settings.networks:
-            networks[network] = _variants(network, settings, store, facts, data, progress)
+            networks[network] = _variants(network, settings, records, store, facts, data, progress)
     return Comparison(settings, facts, networks)
-
-
-def _train_all(missing: list[Unit], recipe: Recipe, data: Digits, store: Store, jobs: int) -> Iterator[Unit]:
-    """Train units, in several processes when that is worth their start; yields each one that is done."""
-    jobs = min(jobs, len(missing))
-    if jobs == 1:
-        with threads_of_torch(1):
-            for unit in missing:
-                run_unit(unit, recipe, data, store)
-                yield unit
-        return
-    waiting = list(missing)
-    parts = [(split.images.numpy(), split.labels.numpy()) for split in (data.train, data.validation, data.test)]
-    with ProcessPoolExecutor(
-        jobs, get_context("spawn"), initializer=_start_worker, initargs=(parts, recipe, store.folder)
-    ) as pool:
-        running: dict[Future[None], Unit] = {}
-        try:
-            while waiting or running:
-                unfinished = {*waiting, *running.values()}
-                for unit in [unit for unit in waiting if unit.needs not in unfinished]:
-                    if len(running) == jobs:  # no more than can run: an interrupt loses no time on a queue
-                        break
-                    waiting.remove(unit)
-                    running[pool.submit(_work, unit)] = unit
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    unit = running.pop(future)
-                    future.result()
-                    yield unit
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-
-
-_worker: tuple[Recipe, Digits, Store] | None = None
-
-
-def _start_worker(parts: list[tuple[np.ndarray, np.ndarray]], recipe: Recipe, folder: Path) -> None:
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    parent = parent_process()
-    if parent is not None:  # a killed parent must not leave workers behind
-
-        def follow() -> None:
-            connection.wait([parent.sentinel])
-            os._exit(1)
-
-        threading.Thread(target=follow, daemon=True).start()
-    torch.set_num_threads(1)
-    splits = [Split(torch.from_numpy(images), torch.from_numpy(labels)) for images, labels in parts]
-    _worker = (recipe, Digits(*splits), Store(folder))
-
-
-def _work(unit: Unit) -> None:
-    assert _worker is not None
-    recipe, data, store = _worker
-    run_unit(unit, recipe, data, store)
 
 
 # --- timing -------------------------------------------------------------------------------------------------------
 
 
 def _variants(
-    network: str, settings: Settings, store: Store, facts: dict[str, object], data: Digits | None, progress: Progress
+    network: str,
+    settings: Settings,
+    trained: Mapping[str, Record],
+    store: Store,
+    facts: dict[str, object],
+    data: Digits,
+    progress: Progress,
 ) -> list[Variant]:
-    """Variants of one network, from its stored units and from times that are stored too."""
+    """Variants of one network, from its units and from times that are stored too."""
     recipe = settings.recipe
     pairs = [
         (Method.DENSE, 0.0),
         *((method, sparsity) for method in PRUNED for sparsity in sorted(settings.sparsities)),
     ]
     records = {
-        (method, sparsity, seed): _stored(store, Unit(network, method, sparsity, seed), recipe)
+        (method, sparsity, seed): trained[Unit(network, method, sparsity, seed).name]
         for method, sparsity in pairs
         for seed in range(settings.seeds)
     }
@@ -387,7 +326,6 @@ def _variants(
     }
     stored = store.load(f"{network}-times", timing)
     if stored is None:
-        data = data or digits(recipe.train, recipe.validation, recipe.test)
         models = {pair: restore(network, records[pair[0], pair[1], 0]) for pair in pairs}
         stored = Record({"variants": _time(network, models, settings, data, progress)})
         store.save(f"{network}-times", timing, stored)
@@ -415,13 +353,6 @@ def _variants(
             )
         )
     return variants
-
-
-def _stored(store: Store, unit: Unit, recipe: Recipe) -> Record:
-    record = store.load(unit.name, unit.config(recipe))
-    if record is None:
-        raise RuntimeError(f"{store.path(unit.name, unit.config(recipe))} vanished during the run: start it again")
-    return record
 
 
 def _build_stamp() -> list[object]:

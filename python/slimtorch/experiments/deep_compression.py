@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Deep Compression (Han, Mao & Dally 2016, arXiv 1510.00149) on real digits, from training to a file that runs.
 
-A unit is one network from one seed: trained densely, pruned and retrained in rounds, clustered, fine-tuned, written to
+A trial is one network from one seed: trained densely, pruned and retrained in rounds, clustered, fine-tuned, written to
 a ``.slim`` file and read back. The paper reports size and error; the latency of the compressed network is new here.
 """
 
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,12 +21,14 @@ import torch
 from torch import nn
 
 from slimtorch import storage
-from slimtorch.data import Digits, digits, load_folder
+from slimtorch.data import Digits, load
 from slimtorch.experiments import machine
 from slimtorch.experiments.catalogue import Experiment, Progress, Result, Settings
 from slimtorch.experiments.rivals import FROZEN, ONEDNN, TORCH, best_dense, dense_rivals
-from slimtorch.experiments.store import Record, Store, write_atomically
-from slimtorch.experiments.training import NETWORKS, TITLES, _Steps, _train, accuracy
+from slimtorch.experiments.store import Record, write_atomically
+from slimtorch.experiments.summary import over_seeds, percent
+from slimtorch.experiments.training import NETWORKS, TITLES, Batches, accuracy, train
+from slimtorch.experiments.trials import Trial, run_all
 from slimtorch.formats import Sparse
 from slimtorch.measure import Latency, interleave, threads_of_torch
 from slimtorch.nn import PackedLayer, SparseConv2d, SparseLinear
@@ -36,7 +39,7 @@ from slimtorch.report import Table, format_bytes, format_seconds
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RECIPE = 1  # raise it when units train differently: stored ones are then not used
+RECIPE = 1  # raise it when trials train differently: stored ones are then not used
 BATCHES = (1, 64)
 PAPER = {  # 1510.00149, tables 1 to 3: error dense and compressed in %, ratio after P, P+Q, P+Q+H
     "lenet300": (1.64, 1.58, (12, 32, 40)),
@@ -80,34 +83,13 @@ PLANS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Unit:
-    """One network from one seed; ``epochs`` scales all epochs of its plan."""
-
-    network: str
-    seed: int
-    epochs: float
-    data: str  # what it trains on, in words
-
-    @property
-    def name(self) -> str:
-        return f"deep-{self.network}-seed{self.seed}"
-
-    def config(self) -> dict[str, Any]:
-        """All that the result depends on, JSON-ready."""
-        own = {"recipe": RECIPE, "torch": torch.__version__, **asdict(self), **asdict(PLANS[self.network])}
-        return {**own, "batch_size": NETWORKS[self.network].batch_size}
-
-
 def load_data(settings: Settings) -> tuple[Digits, str]:
     """The images to train on and what they are; ValueError for images that these networks do not take."""
-    if settings.data is None:
-        return digits(), "5,000 real digits: 3,500 to train, 500 to choose, 1,000 to test"
-    data = load_folder(settings.data)
+    data, words = load(settings.data)
     if data.train.images.shape[1:] != (1, 28, 28):
         shape = "x".join(map(str, data.train.images.shape[1:]))
         raise ValueError(f"data: expected MNIST's images of 1x28x28, got {shape}")
-    return data, f"MNIST: {len(data.train):,} images to train, {len(data.test):,} to test"
+    return data, words
 
 
 def epoch_scale(data: Digits) -> float:
@@ -115,22 +97,30 @@ def epoch_scale(data: Digits) -> float:
     return float(min(1.0, (3500 / len(data.train)) ** 0.5))
 
 
+def _trial(network: str, seed: int, epochs: float) -> Trial:
+    """One network from one seed; ``epochs`` scales all epochs of its plan."""
+    config = {"version": RECIPE, "network": network, "seed": seed, "epochs": epochs}
+    config |= {**asdict(PLANS[network]), "batch_size": NETWORKS[network].batch_size}
+    return Trial(f"deep-{network}-seed{seed}", train_network, config)
+
+
+def config(settings: Settings) -> dict[str, Any]:
+    """What will be trained."""
+    return {
+        "seeds": settings.seeds or (1 if settings.quick else 5),
+        "epochs": 0.25 if settings.quick else 1.0,
+        "plans": {network: asdict(plan) for network, plan in PLANS.items()},
+    }
+
+
 def run(settings: Settings, out: Path, progress: Progress) -> Result:
     """Train what is not stored in ``out``, read the files back, time them."""
     data, words = load_data(settings)
-    scale = epoch_scale(data) * (0.25 if settings.quick else 1.0)
-    seeds = settings.seeds or (1 if settings.quick else 5)
-    store = Store(out / "units")
-    units = [Unit(network, seed, scale, words) for network in PLANS for seed in range(seeds)]
-    records: dict[str, list[Record]] = {network: [] for network in PLANS}
-    progress("training", 0, len(units))
-    for index, unit in enumerate(units, start=1):
-        record = store.load(unit.name, unit.config())
-        if record is None:
-            record = train_unit(unit, data, out)
-            store.save(unit.name, unit.config(), record)
-        records[unit.network].append(record)
-        progress("training", index, len(units))
+    asked = config(settings)
+    scale = epoch_scale(data) * asked["epochs"]
+    trials = {network: [_trial(network, seed, scale) for seed in range(asked["seeds"])] for network in PLANS}
+    found = run_all([trial for own in trials.values() for trial in own], data, out, settings, progress)
+    records = {network: [found[trial.name] for trial in own] for network, own in trials.items()}
     with threads_of_torch(settings.threads):
         facts = machine.describe(settings.threads)
         times = {
@@ -140,37 +130,38 @@ def run(settings: Settings, out: Path, progress: Progress) -> Result:
     return _result(settings, words, records, times, facts)
 
 
-def train_unit(unit: Unit, data: Digits, out: Path) -> Record:
+def train_network(config: Mapping[str, Any], data: Digits, needed: Sequence[Record]) -> Record:
     """One network, all steps. The file is part of the record."""
     start = time.perf_counter()
-    network, plan = NETWORKS[unit.network], PLANS[unit.network]
-    torch.manual_seed(1000 + unit.seed)
-    steps_of = _Steps(data.train, network.batch_size, unit.seed)
+    network, plan = NETWORKS[config["network"]], PLANS[config["network"]]
+    torch.manual_seed(1000 + config["seed"])
+    batches = Batches(data.train, network.batch_size, config["seed"])
     model = network.build(network.hidden)
-    _train(model, steps_of, plan.dense_epochs * unit.epochs, plan.rate)
+    train(model, batches, plan.dense_epochs * config["epochs"], plan.rate)
 
     def fit(model: nn.Module, stage: Stage) -> None:
         if stage.name == "retrain":
-            _train(model, steps_of, plan.retrain_epochs * unit.epochs, plan.rate)
+            train(model, batches, plan.retrain_epochs * config["epochs"], plan.rate)
         else:
-            _train(model, steps_of, plan.tune_epochs * unit.epochs, plan.tune_rate)
+            train(model, batches, plan.tune_epochs * config["epochs"], plan.tune_rate)
 
     recipe = DeepCompression(plan.sparsity, {name: KMeans(bits) for name, bits in plan.bits.items()}, plan.rounds)
-    path = out / f"{unit.name}.slim"
-    out.mkdir(parents=True, exist_ok=True)
-    report = recipe.run(model, fit, partial(accuracy, split=data.test), path=path)
-    loaded = storage.load(path, network.build(network.hidden)).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.slim"
+        report = recipe.run(model, fit, partial(accuracy, split=data.test), path=path)
+        loaded = storage.load(path, network.build(network.hidden)).eval()
+        file = np.frombuffer(path.read_bytes(), np.uint8)
     with torch.inference_mode():
         same = torch.equal(loaded(data.test.images[:250]), model.eval()(data.test.images[:250]))
     if not same:
-        raise RuntimeError(f"{path}: the network in the file computes something else")
+        raise RuntimeError("the network in the file computes something else")
     result = {
         "steps": [asdict(step) for step in report.steps],
         "layers": [asdict(layer) for layer in report.layers],
         "validation": accuracy(model, data.validation),
         "seconds": time.perf_counter() - start,
     }
-    return Record(result, {"file": np.frombuffer(path.read_bytes(), np.uint8)})
+    return Record(result, {"file": file})
 
 
 # --- latency ----------------------------------------------------------------------------------------------------------
@@ -229,12 +220,6 @@ def _pruned_twin(network: str, path: Path) -> nn.Module:
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
-def spread(values: Sequence[float]) -> str:
-    """Shares as percentages: mean ± standard deviation."""
-    mean = 100 * statistics.fmean(values)
-    return f"{mean:.2f} %" if len(values) < 2 else f"{mean:.2f} ± {100 * statistics.stdev(values):.2f} %"
-
-
 def _errors(records: Sequence[Record], step: int) -> list[float]:
     return [1 - record.result["steps"][step]["accuracy"] for record in records]
 
@@ -262,8 +247,8 @@ def _result(
         tables.append(layer_table(layers, f"{TITLES[network]}, seed 0: layer by layer (tables 2 and 3 of the paper)"))
     tables.append(_latency_table(times, settings.threads))
     lead = (
-        f"Deep Compression (arXiv 1510.00149) at small scale, on {words}; {seeds} "
-        f"seed{'s' if seeds != 1 else ''}, mean ± standard deviation of the test error. Every file was read back into "
+        f"Deep Compression (arXiv 1510.00149) at small scale, on {words}; {over_seeds(seeds)}, "
+        f"mean ± standard deviation of the test error. Every file was read back into "
         "a fresh network, which computes the same to the bit. Latencies: the network in the file, as it runs, against "
         "dense code that took turns with it."
     )
@@ -305,7 +290,7 @@ def _summary(records: dict[str, list[Record]]) -> Table:
     for network, found in records.items():
         errors = _errors(found, 0), _errors(found, -1)
         rows.append([
-            TITLES[network], spread(errors[0]), spread(errors[1]),
+            TITLES[network], percent(errors[0]) + " %", percent(errors[1]) + " %",
             format_bytes(_bytes(found, 0)), format_bytes(_bytes(found, -1)), f"{_ratio(found):.1f}x",
             f"{PAPER[network][2][-1]}x",
         ])  # fmt: skip
@@ -320,7 +305,7 @@ def _step_table(network: str, found: list[Record]) -> Table:
     rows: list[list[object]] = []
     for index, step in enumerate(found[0].result["steps"]):
         rows.append([
-            step["name"], spread(_errors(found, index)), format_bytes(_bytes(found, index)),
+            step["name"], percent(_errors(found, index)) + " %", format_bytes(_bytes(found, index)),
             f"{_ratio(found, index):.1f}x", f"{paper[index]}x" if index in paper else None,
         ])  # fmt: skip
     notes = [
@@ -351,7 +336,7 @@ def _latency_table(times: dict[str, dict[str, dict[str, Latency]]], threads: int
 def _figure(records: dict[str, list[Record]]) -> Figure:
     from slimtorch.experiments import plots
 
-    figure, axes = plots._figure(len(records))
+    figure, axes = plots.new_figure(len(records))
     marks = {0: ("dense", "s", "#999999"), 2: ("P", "^", "#009E73"), 4: ("P+Q", "o", "#0072B2"),
              5: ("P+Q+H (file)", "D", "#D55E00")}  # fmt: skip
     for axis, (network, found) in zip(axes, records.items(), strict=True):
@@ -366,7 +351,7 @@ def _figure(records: dict[str, list[Record]]) -> Figure:
         axis.axhline(statistics.fmean(y[0]), color="#999999", linestyle=":", linewidth=1)
         axis.axvline(PAPER[network][2][-1], color="#CC79A7", linestyle="--", linewidth=1, label="rate in the paper")
         axis.set_xscale("log")
-        plots._plain_ticks(axis.xaxis)
+        plots.plain_ticks(axis.xaxis)
         axis.set_xlabel("times smaller than float32")
         axis.set_ylabel("test error, %")
         axis.set_title(TITLES[network], fontsize=10)
@@ -380,5 +365,6 @@ EXPERIMENT = Experiment(
     name="deep-compression",
     about="prune, share, code: size, error and speed after each step",
     paper="arXiv 1510.00149",
+    config=config,
     run=run,
 )

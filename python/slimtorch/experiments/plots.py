@@ -28,10 +28,12 @@ _STYLE: dict[Method, dict[str, Any]] = {
     Method.NEURONS: {"color": "#009E73", "marker": "^"},
     Method.SCRATCH: {"color": "#999999", "marker": "v"},
 }
-_BARS = ("#0072B2", "#56B4E9", "#E69F00", "#009E73", "#999999", "#CC79A7", "#D55E00")
+COLORS = ("#0072B2", "#56B4E9", "#E69F00", "#009E73", "#999999", "#CC79A7", "#D55E00")
+"""For series without a colour of their own."""
 
 
-def _figure(panels: int, height: float = 4.2, width: float = 5.6) -> tuple[Figure, list[Axes]]:
+def new_figure(panels: int, height: float = 4.2, width: float = 5.6) -> tuple[Figure, list[Axes]]:
+    """Panels side by side, each ``width`` by ``height`` inches; ImportError, with the extra, without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -50,7 +52,7 @@ def _figure(panels: int, height: float = 4.2, width: float = 5.6) -> tuple[Figur
 def accuracy_against_latency(comparison: Comparison, network: str) -> Figure:
     """Test accuracy over measured time, one panel per batch size; up and to the left is better."""
     batches = comparison.settings.batches
-    figure, axes = _figure(len(batches))
+    figure, axes = new_figure(len(batches))
     dense = comparison.dense(network)
     for axis, batch in zip(axes, batches, strict=True):
         for method in PRUNED:
@@ -69,7 +71,7 @@ def accuracy_against_latency(comparison: Comparison, network: str) -> Figure:
         axis.plot(latency[TORCH].median * 1e6, height, "k*", markersize=11, label="dense, torch")
         axis.plot(best_dense(latency) * 1e6, height, "kP", markersize=8, label="dense, best")
         axis.set_xscale("log")
-        _plain_ticks(axis.xaxis)
+        plain_ticks(axis.xaxis)
         top = max(height, *(statistics.fmean(variant.test) * 100 for variant in comparison.networks[network]))
         # What fell far down is no competitor.
         axis.set_ylim(max(axis.get_ylim()[0], height - 20), min(100.0, top + 1.5))
@@ -85,7 +87,7 @@ def speedup_against_sparsity(comparison: Comparison, network: str) -> Figure:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     batches = comparison.settings.batches
-    figure, axes = _figure(len(batches))
+    figure, axes = new_figure(len(batches))
     for axis, batch in zip(axes, batches, strict=True):
         values = [1.0]
         for method in PRUNED:
@@ -111,7 +113,7 @@ def speedup_against_sparsity(comparison: Comparison, network: str) -> Figure:
         axis.xaxis.set_major_locator(FixedLocator(ticks))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * (1 - 1 / value):.4g}"))
         axis.xaxis.set_minor_locator(NullLocator())
-        _plain_ticks(axis.yaxis)
+        plain_ticks(axis.yaxis)
         axis.set_xlabel(f"weights removed, % (batch {batch})")
         axis.set_ylabel("speed-up over the best dense code")
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=6, frameon=False)
@@ -123,14 +125,14 @@ def layer_speedups(comparison: LayerComparison) -> list[tuple[str, Figure]]:
     """Bars of the speed-up over torch for each layer and contender; one figure per kind of timing, with its name."""
     figures = []
     for kind in comparison.kinds():
-        figure, (axis,) = _figure(1, width=11)
+        figure, (axis,) = new_figure(1, width=11)
         names = comparison.layer_names()
         contenders = comparison.contenders(kind)
         width = 0.8 / max(1, len(contenders))
         for index, contender in enumerate(contenders):
             heights = [comparison.speedup(kind, name, contender) or 0.0 for name in names]
             at = [position + (index - (len(contenders) - 1) / 2) * width for position in range(len(names))]
-            axis.bar(at, heights, width * 0.95, label=contender, color=_BARS[index % len(_BARS)])
+            axis.bar(at, heights, width * 0.95, label=contender, color=COLORS[index % len(COLORS)])
         axis.axhline(1, color="black", linewidth=1)
         axis.set_xticks(range(len(names)), names, rotation=45 if len(names) > 8 else 0)
         axis.set_ylabel("speed-up over torch, dense")
@@ -140,7 +142,7 @@ def layer_speedups(comparison: LayerComparison) -> list[tuple[str, Figure]]:
     return figures
 
 
-def _plain_ticks(axis: Any) -> None:
+def plain_ticks(axis: Any) -> None:
     """Few ticks on a logarithmic axis, written as plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -151,9 +153,23 @@ def _plain_ticks(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def save_png(figure: Figure, path: Path) -> None:
-    """Write ``figure`` as a PNG, atomically."""
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+def band(
+    axis: Axes, x: Sequence[float], rows: Sequence[Sequence[float]], label: str | None, color: str, **style: Any
+) -> None:
+    """The mean over seeds as a line, and one standard deviation around it; ``rows`` holds len(x) values per seed."""
+    columns = list(zip(*rows, strict=True))
+    means = [statistics.fmean(column) for column in columns]
+    axis.plot(x, means, **{"label": label, "color": color, "linewidth": 1.6, **style})
+    if len(rows) > 1:
+        spreads = [statistics.stdev(column) for column in columns]
+        low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
+        high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
+        axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+
+
+def save_png(figure: Figure, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write ``figure`` as a PNG, atomically; ``metadata`` goes into the file as text."""
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120, metadata=metadata))
 
 
 def svg(figure: Figure) -> str:

@@ -8,17 +8,19 @@ Every unit is stored when it is done. Fine-tuned units start from the stored den
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
+from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from slimtorch.data import Digits, Split
-from slimtorch.experiments.store import Record, Store
+from slimtorch.experiments.loop import draw, evaluate, order_of, train_step
+from slimtorch.experiments.store import Record
+from slimtorch.experiments.trials import Trial
 from slimtorch.measure import count_parameters
 from slimtorch.models import LeNet5, LeNet300
 
@@ -128,8 +130,7 @@ class Unit:
         loop = {name: getattr(network, name) for name in ("batch_size", "dense_epochs", "tune_epochs")}
         own = {"network": self.network, "method": self.method.value, "sparsity": self.sparsity, "seed": self.seed}
         blocks = {name: list(size) for name, size in network.blocks.items()}
-        versions = {"recipe": RECIPE, "torch": torch.__version__}
-        return {**versions, **own, **asdict(recipe), **loop, "hidden": list(network.hidden), "blocks": blocks}
+        return {"recipe": RECIPE, **own, **asdict(recipe), **loop, "hidden": list(network.hidden), "blocks": blocks}
 
     @property
     def needs(self) -> Unit | None:
@@ -151,33 +152,22 @@ def units(networks: Sequence[str], sparsities: Sequence[float], seeds: int) -> l
     return every
 
 
-def run_unit(unit: Unit, recipe: Recipe, data: Digits, store: Store) -> None:
-    """Train ``unit`` and store it, unless it is stored.
-
-    Raises:
-        LookupError: the unit that it needs is not stored.
-    """
-    if store.load(unit.name, unit.config(recipe)) is not None:
-        return
+def train_unit(unit: Unit, recipe: Recipe, data: Digits, needed: Sequence[Record]) -> Record:
+    """Train ``unit``; ``needed`` holds the record of what it needs."""
     start = time.perf_counter()
     torch.manual_seed(1000 + unit.seed)
     network = NETWORKS[unit.network]
-    steps_of = _Steps(data.train, network.batch_size, unit.seed)
+    batches = Batches(data.train, network.batch_size, unit.seed)
     if unit.method is Method.DENSE:
         model = network.build(network.hidden)
-        _train(model, steps_of, network.dense_epochs * recipe.epochs, recipe.learning_rate)
+        train(model, batches, network.dense_epochs * recipe.epochs, recipe.learning_rate)
+    elif unit.method is Method.SCRATCH:
+        model = network.build(needed[0].result["hidden"])
+        epochs = (network.dense_epochs + network.tune_epochs) * recipe.epochs
+        train(model, batches, epochs, recipe.learning_rate)
     else:
-        assert unit.needs is not None
-        needed = store.load(unit.needs.name, unit.needs.config(recipe))
-        if needed is None:
-            raise LookupError(f"{unit.name} needs {unit.needs.name}, which is not stored")
-        if unit.method is Method.SCRATCH:
-            model = network.build(needed.result["hidden"])
-            epochs = (network.dense_epochs + network.tune_epochs) * recipe.epochs
-            _train(model, steps_of, epochs, recipe.learning_rate)
-        else:
-            model = restore(unit.network, needed)
-            _prune_and_tune(model, unit, recipe, data, steps_of)
+        model = restore(unit.network, needed[0])
+        _prune_and_tune(model, unit, recipe, data, batches)
     stored, nonzero = count_parameters(model)
     result = {
         "test": accuracy(model, data.test),
@@ -191,7 +181,24 @@ def run_unit(unit: Unit, recipe: Recipe, data: Digits, store: Store) -> None:
     arrays = {}
     if unit.seed == 0 or unit.method is Method.DENSE:
         arrays = {key: value.contiguous().numpy() for key, value in model.state_dict().items()}
-    store.save(unit.name, unit.config(recipe), Record(result, arrays))
+    return Record(result, arrays)
+
+
+@dataclass(frozen=True)
+class _TrainUnit:
+    """A unit as a trial."""
+
+    unit: Unit
+    recipe: Recipe
+
+    def __call__(self, config: Mapping[str, Any], data: Digits, needed: Sequence[Record]) -> Record:
+        return train_unit(self.unit, self.recipe, data, needed)
+
+
+def trial_of(unit: Unit, recipe: Recipe) -> Trial:
+    """The unit, and what it needs, as a trial."""
+    needs = () if unit.needs is None else (trial_of(unit.needs, recipe),)
+    return Trial(unit.name, _TrainUnit(unit, recipe), unit.config(recipe), needs)
 
 
 def restore(network: str, record: Record) -> nn.Module:
@@ -203,19 +210,13 @@ def restore(network: str, record: Record) -> nn.Module:
 
 def accuracy(model: nn.Module, split: Split) -> float:
     """Share of ``split`` that ``model`` classifies right, in [0, 1]."""
-    model.eval()
-    with torch.inference_mode():
-        right = sum(
-            int((model(images).argmax(1) == labels).sum())
-            for images, labels in zip(split.images.split(250), split.labels.split(250), strict=True)
-        )
-    return right / len(split)
+    return evaluate(model, split)[1]
 
 
 # --- pruning ------------------------------------------------------------------------------------------------------
 
 
-def _prune_and_tune(model: nn.Module, unit: Unit, recipe: Recipe, data: Digits, steps_of: _Steps) -> None:
+def _prune_and_tune(model: nn.Module, unit: Unit, recipe: Recipe, data: Digits, batches: Batches) -> None:
     from slimtorch import prune
 
     epochs = NETWORKS[unit.network].tune_epochs * recipe.epochs
@@ -223,19 +224,19 @@ def _prune_and_tune(model: nn.Module, unit: Unit, recipe: Recipe, data: Digits, 
     if unit.method is Method.NEURONS:
         neurons = prune.Neurons(ratio=neuron_ratio(unit.network, target), importance="l1")
         prune.prune_(model, neurons, example_inputs=data.train.images[:1])
-        _train(model, steps_of, epochs, recipe.tune_rate)
+        train(model, batches, epochs, recipe.tune_rate)
         return
     if unit.method is Method.ITERATIVE:
-        steps = _step_count(steps_of, epochs)
+        steps = batches.steps(epochs)
         at = sorted({index * steps // (2 * recipe.rounds) for index in range(recipe.rounds)})
         pruner = prune.Pruner(model, prune.Magnitude(sparsity=target, scope="global"), prune.Iterative(tuple(at)))
-        _train(model, steps_of, epochs, recipe.tune_rate, pruner.step)
+        train(model, batches, epochs, recipe.tune_rate, pruner.step)
     else:
         config: Any = prune.Magnitude(sparsity=target, scope="global")
         if unit.method is Method.BLOCKS:
             config = block_config(unit.network, model, target)
         prune.prune_(model, config)
-        _train(model, steps_of, epochs, recipe.tune_rate)
+        train(model, batches, epochs, recipe.tune_rate)
     prune.bake_(model)
 
 
@@ -285,51 +286,38 @@ def neuron_ratio(network: str, sparsity: float) -> float:
 # --- the loop -----------------------------------------------------------------------------------------------------
 
 
-class _Steps:
-    """Batches in an order that only the seed decides: every method of a seed sees the same ones."""
+class Batches:
+    """Batches of one run of training after another; each begins an epoch, in an order of its own."""
 
     def __init__(self, split: Split, batch_size: int, seed: int) -> None:
         # Channels last trains the convolution a third faster on CPUs; it changes strides only, no value.
-        self.images = split.images.contiguous(memory_format=torch.channels_last)
-        self.labels = split.labels
-        self.batch_size = min(batch_size, len(split))
-        self.generator = torch.Generator().manual_seed(7000 + seed)
+        self._split = Split(split.images.contiguous(memory_format=torch.channels_last), split.labels)
+        self._batch_size = min(batch_size, len(split))
+        self._generator = order_of(seed)
 
-    def per_epoch(self) -> int:
-        return len(self.labels) // self.batch_size
+    def steps(self, epochs: float) -> int:
+        """So many epochs, in steps; at least one."""
+        return max(1, round(epochs * (len(self._split) // self._batch_size)))
 
-    def __call__(self, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        done = 0
-        while True:
-            order = torch.randperm(len(self.labels), generator=self.generator)
-            for index in range(self.per_epoch()):
-                if done == steps:
-                    return
-                done += 1
-                batch = order[index * self.batch_size : (index + 1) * self.batch_size]
-                yield self.images[batch], self.labels[batch]
+    def take(self, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The next ones."""
+        return islice(draw(self._split, self._batch_size, self._generator), steps)
 
 
-def _step_count(steps_of: _Steps, epochs: float) -> int:
-    return max(1, round(epochs * steps_of.per_epoch()))
-
-
-def _train(
+def train(
     model: nn.Module,
-    steps_of: _Steps,
+    batches: Batches,
     epochs: float,
     learning_rate: float,
     after_step: Callable[[], object] | None = None,
 ) -> None:
+    """Adam with a cosine to 0; Diverged where a loss is not finite."""
     model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    steps = _step_count(steps_of, epochs)
+    steps = batches.steps(epochs)
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for images, labels in steps_of(steps):
-        loss = F.cross_entropy(model(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    for step, (images, labels) in enumerate(batches.take(steps)):
+        train_step(model, optimizer, images, labels, step)
         schedule.step()
         if after_step is not None:
             after_step()

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import statistics
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +21,11 @@ from slimtorch import prune
 from slimtorch.data import Digits
 from slimtorch.experiments import machine
 from slimtorch.experiments.catalogue import Experiment, Progress, Result, Settings
-from slimtorch.experiments.deep_compression import epoch_scale, load_data, spread
-from slimtorch.experiments.store import Record, Store
-from slimtorch.experiments.training import NETWORKS, _Steps, _train, accuracy
+from slimtorch.experiments.deep_compression import epoch_scale, load_data
+from slimtorch.experiments.store import Record
+from slimtorch.experiments.summary import over_seeds, percent
+from slimtorch.experiments.training import NETWORKS, Batches, accuracy, train
+from slimtorch.experiments.trials import Trial, run_all
 from slimtorch.quantize import ClusterAware, KMeans, Uniform, cluster_
 from slimtorch.quantize.kmeans import ClusterConfig
 from slimtorch.report import Table
@@ -30,7 +33,7 @@ from slimtorch.report import Table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RECIPE = 1  # raise it when units train differently: stored ones are then not used
+RECIPE = 1  # raise it when trials train differently: stored ones are then not used
 NETWORK = "lenet300"
 KEPT = {"fc1": 0.08, "fc2": 0.09, "fc3": 0.26}  # table 2 of the paper
 STATES = ("whole", "pruned")
@@ -65,7 +68,7 @@ QUICK = Plan(bits=(1, 2, 4), dense_epochs=2, retrain_epochs=0.5, tune_epochs=0.4
 
 
 @dataclass(frozen=True)
-class Unit:
+class _Unit:
     """One piece of work: the network of a state ("base"), "aware", or a start of k-means on that network."""
 
     kind: str
@@ -73,63 +76,54 @@ class Unit:
     seed: int
     plan: Plan
     scale: float
-    data: str
 
-    @property
-    def name(self) -> str:
-        return f"clusters-{self.state}-{self.kind}-seed{self.seed}"
+    def trial(self) -> Trial:
+        base = {"base": "whole" if self.state == "pruned" else None, "aware": None}.get(self.kind, self.state)
+        needs = () if base is None else (replace(self, kind="base", state=base).trial(),)
+        config = {"version": RECIPE, **asdict(self), "kept": KEPT}
+        return Trial(f"clusters-{self.state}-{self.kind}-seed{self.seed}", self, config, needs)
 
-    def config(self) -> dict[str, Any]:
-        """All that the result depends on, JSON-ready."""
-        plan = {**asdict(self.plan), "bits": list(self.plan.bits)}
-        return {"recipe": RECIPE, "torch": torch.__version__, **asdict(self), "plan": plan, "kept": KEPT}
+    def batches(self, data: Digits) -> Batches:
+        return Batches(data.train, NETWORKS[NETWORK].batch_size, self.seed)
 
-    def steps(self, data: Digits) -> _Steps:
-        return _Steps(data.train, NETWORKS[NETWORK].batch_size, self.seed)
+    def __call__(self, config: Mapping[str, Any], data: Digits, needed: Sequence[Record]) -> Record:
+        return _run_unit(self, data, needed)
+
+
+def _plan_of(settings: Settings) -> Plan:
+    return QUICK if settings.quick else Plan()
+
+
+def _seeds_of(settings: Settings) -> int:
+    return settings.seeds or (1 if settings.quick else 3)
 
 
 def run(settings: Settings, out: Path, progress: Progress) -> Result:
     """Train what is not stored in ``out`` and put it together."""
     data, words = load_data(settings)
-    plan, scale = QUICK if settings.quick else Plan(), epoch_scale(data)
-    seeds = settings.seeds or (1 if settings.quick else 3)
-    store = Store(out / "units")
-    bases = [Unit("base", state, seed, plan, scale, words) for seed in range(seeds) for state in STATES]
-    rest = [Unit(kind, state, seed, plan, scale, words) for seed in range(seeds) for state in STATES for kind in STARTS]
-    rest += [Unit("aware", "whole", seed, plan, scale, words) for seed in range(seeds)]
-    results: dict[tuple[str, str, int], Any] = {}
-    total = len(bases) + len(rest)
-    progress("training", 0, total)
-    for index, unit in enumerate([*bases, *rest], start=1):
-        record = store.load(unit.name, unit.config())
-        if record is None:
-            record = _run_unit(unit, data, store)
-            store.save(unit.name, unit.config(), record)
-        results[unit.kind, unit.state, unit.seed] = record.result
-        progress("training", index, total)
+    plan, seeds, scale = _plan_of(settings), _seeds_of(settings), epoch_scale(data)
+    kinds = [(kind, state) for state in STATES for kind in ("base", *STARTS)] + [("aware", "whole")]
+    units = [_Unit(kind, state, seed, plan, scale) for seed in range(seeds) for kind, state in kinds]
+    records = run_all([unit.trial() for unit in units], data, out, settings, progress)
+    results = {(unit.kind, unit.state, unit.seed): records[unit.trial().name].result for unit in units}
     return _result(settings, words, plan, seeds, results)
 
 
-def _run_unit(unit: Unit, data: Digits, store: Store) -> Record:
+def _run_unit(unit: _Unit, data: Digits, needed: Sequence[Record]) -> Record:
     torch.manual_seed(2000 + unit.seed)
     network, plan, scale = NETWORKS[NETWORK], unit.plan, unit.scale
     model = network.build(network.hidden)
-    if unit.kind == "base" and unit.state == "whole":
-        _train(model, unit.steps(data), plan.dense_epochs * scale, plan.rate)
-        return _with_weights(model, data)
     if unit.kind == "aware":
         return _aware(unit, data)
-    base = "whole" if unit.kind == "base" else unit.state
-    first = Unit("base", base, unit.seed, plan, scale, unit.data)
-    needed = store.load(first.name, first.config())
-    if needed is None:
-        raise LookupError(f"{unit.name} needs {first.name}, which is not stored")
-    model.load_state_dict({key: torch.from_numpy(value) for key, value in needed.arrays.items()})
+    if not needed:
+        train(model, unit.batches(data), plan.dense_epochs * scale, plan.rate)
+        return _with_weights(model, data)
+    model.load_state_dict({key: torch.from_numpy(value) for key, value in needed[0].arrays.items()})
     if unit.kind == "base":
-        steps_of = unit.steps(data)
+        batches = unit.batches(data)
         for round in (1, 2, 3, 4):
             prune.prune_(model, {name: prune.Magnitude(1 - kept ** (round / 4)) for name, kept in KEPT.items()})
-            _train(model, steps_of, plan.retrain_epochs * scale, plan.rate)
+            train(model, batches, plan.retrain_epochs * scale, plan.rate)
         prune.bake_(model)
         return _with_weights(model, data)
     result: dict[str, Any] = {"clustered": {}, "tuned": {}, "bytes": {}, "error": {}}
@@ -139,18 +133,18 @@ def _run_unit(unit: Unit, data: Digits, store: Store) -> Record:
         result["bytes"][str(bits)] = report.bytes_after
         result["error"][str(bits)] = [layer.error for layer in report.layers]
         result["clustered"][str(bits)] = accuracy(candidate, data.test)
-        _train(candidate, unit.steps(data), plan.tune_epochs * scale, plan.tune_rate)
+        train(candidate, unit.batches(data), plan.tune_epochs * scale, plan.tune_rate)
         result["tuned"][str(bits)] = accuracy(candidate, data.test)
     return Record(result)
 
 
-def _config(unit: Unit, bits: int) -> ClusterConfig:
+def _config(unit: _Unit, bits: int) -> ClusterConfig:
     if unit.kind == "uniform":
         return Uniform(bits)
     return KMeans(bits, init=unit.kind, seed=100 * unit.seed)  # type: ignore[arg-type]
 
 
-def _aware(unit: Unit, data: Digits) -> Record:
+def _aware(unit: _Unit, data: Digits) -> Record:
     """Trained with shared weights from the first step, for as long as the dense network."""
     network, plan = NETWORKS[NETWORK], unit.plan
     result: dict[str, Any] = {"tuned": {}}
@@ -160,7 +154,7 @@ def _aware(unit: Unit, data: Digits) -> Record:
         torch.manual_seed(2000 + unit.seed)
         model = network.build(network.hidden)
         aware = ClusterAware(model, KMeans(bits), every=plan.every)
-        _train(model, unit.steps(data), plan.dense_epochs * unit.scale, plan.rate, aware.step)
+        train(model, unit.batches(data), plan.dense_epochs * unit.scale, plan.rate, aware.step)
         aware.finish_()
         result["tuned"][str(bits)] = accuracy(model, data.test)
     return Record(result)
@@ -191,11 +185,11 @@ def _result(settings: Settings, words: str, plan: Plan, seeds: int, results: dic
     aware = {str(bits): of("aware", "whole", "tuned", bits) for bits in aware_bits}
     sizes = {state: results["linear", state, 0]["bytes"] for state in STATES}
     tables = [_table(state, curves[state], base[state], sizes[state], plan) for state in STATES]
-    rows: list[list[object]] = [[int(bits), spread(values)] for bits, values in aware.items()]
+    rows: list[list[object]] = [[int(bits), percent(values) + " %"] for bits, values in aware.items()]
     tables.append(Table("Trained with shared weights from the first step", ["bits", "test accuracy"], rows))
     lead = (
-        f"Bits of shared weights against test accuracy at small scale: LeNet-300-100 on {words}; {seeds} "
-        f"seed{'s' if seeds != 1 else ''}, mean ± standard deviation. After figures 7 and 8 of arXiv 1510.00149. "
+        f"Bits of shared weights against test accuracy at small scale: LeNet-300-100 on {words}; {over_seeds(seeds)}, "
+        f"mean ± standard deviation. After figures 7 and 8 of arXiv 1510.00149. "
         "Pruned: 8, 9 and 26 % of the weights of the three layers are kept, as in the paper; their zeros stay zero."
     )
     caption = "Test accuracy against bits: dashed as clustered, solid with trained tables, dotted the network before."
@@ -231,7 +225,7 @@ def _table(
         rows.append([bits, *cells, f"{4 * 266_200 / sizes[str(bits)]:.1f}x"])
     columns = ["bits", *STARTS, *(f"{kind}, trained" for kind in STARTS), "rate"]
     notes = [
-        f"test accuracy in %, mean of {len(base)}; the network before: {spread(base)}; trained: its tables, for "
+        f"test accuracy in %, mean of {len(base)}; the network before: {percent(base)} %; trained: its tables, for "
         f"{plan.tune_epochs:g} epochs; rate: float32 weights over clustered ones in memory"
     ]
     return Table(f"LeNet-300-100, {state}", columns, rows, notes)
@@ -245,7 +239,7 @@ def _figure(
 ) -> Figure:
     from slimtorch.experiments import plots
 
-    figure, axes = plots._figure(len(STATES))
+    figure, axes = plots.new_figure(len(STATES))
     colors = dict(zip(STARTS, ("#0072B2", "#E69F00", "#009E73", "#CC79A7"), strict=False))
     for axis, state in zip(axes, STATES, strict=True):
         for kind in STARTS:
@@ -277,5 +271,6 @@ EXPERIMENT = Experiment(
     name="weight-clustering",
     about="bits of shared weights against accuracy, by initialisation",
     paper="arXiv 1510.00149",
+    config=lambda settings: {"seeds": _seeds_of(settings), **asdict(_plan_of(settings))},
     run=run,
 )

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from slimtorch.data import load
 from slimtorch.experiments.binary_net import curves
 from slimtorch.experiments.binary_training import (
     Plan,
@@ -15,9 +18,7 @@ from slimtorch.experiments.binary_training import (
     agreement,
     errors_of,
     latency_data,
-    load,
     packed_copy,
-    percent,
     restore,
     row_data,
     speedup,
@@ -27,6 +28,7 @@ from slimtorch.experiments.binary_training import (
 from slimtorch.experiments.catalogue import Experiment, Progress, Result, Settings
 from slimtorch.experiments.machine import describe, headline
 from slimtorch.experiments.rivals import best_dense
+from slimtorch.experiments.summary import over_seeds, percent
 from slimtorch.measure import Latency, memory_bytes
 from slimtorch.quantize import BinaryWeight, XnorNet, xnor_block
 from slimtorch.report import Table, format_bytes, format_seconds
@@ -75,13 +77,18 @@ def variants() -> dict[str, Variant]:
     }
 
 
+def plan_for(settings: Settings) -> Plan:
+    """How much is trained."""
+    return Plan(epochs=2, seeds=settings.seeds or 1) if settings.quick else Plan(epochs=6, seeds=settings.seeds or 5)
+
+
 def run(settings: Settings, out: Path, progress: Progress) -> Result:
     """Train the three networks, pack two of them, compare predictions and time."""
-    plan = Plan(epochs=2, seeds=settings.seeds or 1) if settings.quick else Plan(epochs=6, seeds=settings.seeds or 5)
-    data, what = load(settings)
+    plan = plan_for(settings)
+    data, what = load(settings.data, settings.quick)
     shape = tuple(data.train.images.shape[1:])
     rows = variants()
-    found = train_all("xnor-net", rows, plan, data, out, progress)
+    found = train_all("xnor-net", rows, plan, data, out, settings, progress)
 
     equal: dict[str, tuple[int, int]] = {}
     for name in ("weights", "xnor"):
@@ -100,7 +107,7 @@ def run(settings: Settings, out: Path, progress: Progress) -> Result:
         untrained: dict[str, nn.Module] = {}
         for name, row in rows.items():
             build = xnor_network if name == "xnor" else real_network
-            model, _ = Variant(row.title, lambda s, build=build: build(s, wide), row.method).model(shape, 0)  # type: ignore[misc]
+            model, _ = Variant(row.title, partial(build, widths=wide), row.method).model(shape, 0)
             untrained[row.title] = packed_copy(model)
         dense = untrained.pop(rows["full"].title)
         times["64-256-2048"] = time_networks(dense, untrained, data.test.images, BATCHES, settings)
@@ -119,7 +126,7 @@ def run(settings: Settings, out: Path, progress: Progress) -> Result:
         ],
         [
             f"LeNet-5 (20 - 50 - 500) with batch-norm; first and last layer real; Adam, {plan.epochs} epochs; mean ± "
-            f"standard deviation over {plan.seeds} seed{'s' if plan.seeds > 1 else ''}",
+            f"standard deviation over {over_seeds(plan.seeds)}",
             f"trained on {what}; the paper's column is top-1 of AlexNet on ImageNet",
             "agrees: predictions of the packed network and of the trained layers in plain torch, all seeds; outputs in "
             "eval mode are the same to the bit",
@@ -166,14 +173,14 @@ def run(settings: Settings, out: Path, progress: Progress) -> Result:
 
 
 def _bars(times: dict[str, dict[int, dict[str, Latency]]], names: list[str]) -> Any:
-    from slimtorch.experiments.plots import _BARS, _figure
+    from slimtorch.experiments.plots import COLORS, new_figure
 
-    figure, (axis,) = _figure(1, height=3.6)
+    figure, (axis,) = new_figure(1, height=3.6)
     cases = [(widths, batch, found) for widths, by_batch in times.items() for batch, found in by_batch.items()]
     for index, name in enumerate(names):
         heights = [found["torch"].median / found[name].median for _, _, found in cases]
         at = [position + (index - (len(names) - 1) / 2) * 0.38 for position in range(len(cases))]
-        bars = axis.bar(at, heights, 0.36, label=name, color=_BARS[index])
+        bars = axis.bar(at, heights, 0.36, label=name, color=COLORS[index])
         axis.bar_label(bars, [f"{height:.2g}x" for height in heights], fontsize=8)
     for index, (_, _, found) in enumerate(cases):
         best = found["torch"].median / best_dense(found)
@@ -191,5 +198,6 @@ EXPERIMENT = Experiment(
     name="xnor-net",
     about="binary convolutions with scales: full, binary weights, XNOR",
     paper="arXiv 1603.05279",
+    config=lambda settings: asdict(plan_for(settings)),
     run=run,
 )
