@@ -28,6 +28,8 @@ EXPERIMENTS = {
     "binary-connect": ("binary_connect", "binary weights as a regularizer: none, deterministic, stochastic, dropout"),
     "binary-net": ("binary_net", "binary weights and activations, trained, packed and timed"),
     "xnor-net": ("xnor_net", "binary convolutions with scales: full, binary weights, XNOR"),
+    "importance": ("importance", "what to remove: magnitude, Taylor, SNIP, life-long …, at equal sparsity"),
+    "one-shot-vs-iterative": ("one_shot_vs_iterative", "do not prune too much at once: one shot, rounds, gradual"),
 }
 
 
