@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Do not prune too much at once: one shot, rounds and a gradual schedule with equally many steps of fine-tuning.
 
-After Han et al., "Learning both Weights and Connections for Efficient Neural Networks" (arXiv 1506.02626, figure 5), and
-Zhu & Gupta, "To prune, or not to prune" (arXiv 1710.01878). A trained network loses its smallest weights, ranked over
-all layers, and goes on training: `steps` more steps, whatever the schedule. `--data mnist` uses all of MNIST with the
-same number of epochs.
+After Han et al., "Learning both Weights and Connections for Efficient Neural Networks" (arXiv 1506.02626, figure 5),
+and Zhu & Gupta, "To prune, or not to prune" (arXiv 1710.01878). A trained network loses its smallest weights, ranked
+over all layers, and goes on training: equally many steps, whatever the schedule. `--data mnist` uses all of MNIST with
+the same number of epochs.
 """
 
 from __future__ import annotations
@@ -168,8 +168,8 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
         chosen, seeds = found["plan"], len(part["dense"])
         notes = [
             f"dense: {percent(part['dense'])} %; mean ± standard deviation over {over_seeds(seeds)}, {found['data']}",
-            f"{part['steps']} steps from the first pruning on in every row but the first; {chosen['rounds']} rounds, or "
-            f"{chosen['prunings']} gradual steps, in the first {chosen['share']:.0%} of them",
+            f"{part['steps']} steps from the first pruning on in every row but the first; {chosen['rounds']} rounds, "
+            f"or {chosen['prunings']} gradual steps, in the first {chosen['share']:.0%} of them",
         ]
         columns = ["test accuracy, %", *(f"{level:.0%} removed" for level in found["levels"])]
         result.append(Table(f"{TITLES[network]}: one shot against iterative, equal steps", columns, rows, notes))
