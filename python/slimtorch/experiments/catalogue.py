@@ -33,6 +33,8 @@ EXPERIMENTS = {
     "rethinking": ("rethinking", "pruned shapes: fine-tuned, or trained from scratch"),
     "weight-agnostic": ("weight_agnostic", "topologies that classify and balance with any shared weight"),
     "lottery-ticket": ("lottery_ticket", "pruning round by round with rewinding: winning tickets and their controls"),
+    "importance": ("importance", "what to remove: magnitude, Taylor, SNIP, life-long …, at equal sparsity"),
+    "one-shot-vs-iterative": ("one_shot_vs_iterative", "do not prune too much at once: one shot, rounds, gradual"),
 }
 
 

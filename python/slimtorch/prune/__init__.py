@@ -28,12 +28,22 @@ from slimtorch.prune.mask import Mask, bake_, mask_like_, masks, sparsity
 from slimtorch.prune.neurons import Neurons
 from slimtorch.prune.report import PrunedLayer, PruneReport
 from slimtorch.prune.schedule import Cubic, Iterative, OneShot, Pruner, Schedule
+from slimtorch.prune.sensitivity import (
+    Allocation,
+    LatencyTable,
+    ScanStopped,
+    Sensitivity,
+    allocate,
+    sensitivity,
+    time_layers,
+)
 from slimtorch.prune.slimming import SlimmingPenalty, SlimmingReport
 
 __all__ = [
     "L1",
     "L2",
     "APoZ",
+    "Allocation",
     "BatchNorm",
     "Cubic",
     "Evidence",
@@ -43,6 +53,7 @@ __all__ = [
     "GroupReport",
     "Importance",
     "Iterative",
+    "LatencyTable",
     "LifeLong",
     "Magnitude",
     "Mask",
@@ -54,14 +65,17 @@ __all__ = [
     "PrunedLayer",
     "Pruner",
     "Random",
+    "ScanStopped",
     "Schedule",
     "SecondOrder",
+    "Sensitivity",
     "SlimmingPenalty",
     "SlimmingReport",
     "Slots",
     "Snip",
     "Taylor",
     "WeightImportance",
+    "allocate",
     "bake_",
     "deconstruct",
     "lottery",
@@ -69,7 +83,9 @@ __all__ = [
     "masks",
     "prune_",
     "scratch",
+    "sensitivity",
     "sparsity",
     "supermask",
+    "time_layers",
     "weight_agnostic",
 ]

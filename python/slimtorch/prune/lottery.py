@@ -216,10 +216,10 @@ def rates_of(model: nn.Module, *, conv: float = 0.2, linear: float = 0.2, output
     layers = _select.candidates(model, MASKABLE)
     if not layers:
         raise ValueError("model: expected a Linear or Conv2d layer, got none")
-    rates = {_literal(name): linear if isinstance(layer, nn.Linear) else conv for name, layer in layers}
+    rates = {_select.literal(name): linear if isinstance(layer, nn.Linear) else conv for name, layer in layers}
     last = [name for name, layer in layers if isinstance(layer, nn.Linear)]
     if last:
-        rates[_literal(last[-1])] = output
+        rates[_select.literal(last[-1])] = output
     return rates
 
 
@@ -380,10 +380,6 @@ def _stored(path: Path, asked: dict[str, Any], index: int) -> Ticket:
     if ticket.round != index or not ticket.final:
         raise ValueError(f"folder: {str(path)!r} should hold the trained ticket of round {index}")
     return ticket
-
-
-def _literal(name: str) -> str:
-    return name.replace("[", "[[]")  # opens a set of characters in a glob
 
 
 def _plain(key: str) -> str | None:
