@@ -29,6 +29,8 @@ EXPERIMENTS = {
     "binary-net": ("binary_net", "binary weights and activations, trained, packed and timed"),
     "xnor-net": ("xnor_net", "binary convolutions with scales: full, binary weights, XNOR"),
     "rethinking": ("rethinking", "pruned shapes: fine-tuned, or trained from scratch"),
+    "weight-agnostic": ("weight_agnostic", "topologies that classify and balance with any shared weight"),
+    "lottery-ticket": ("lottery_ticket", "pruning round by round with rewinding: winning tickets and their controls"),
 }
 
 

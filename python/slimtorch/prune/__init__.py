@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pruning: masks for weights, blocks, rows and columns; removal of neurons and channels; schedules."""
 
-from slimtorch.prune import lottery, scratch
+from slimtorch.prune import lottery, scratch, weight_agnostic
 from slimtorch.prune._verb import prune_
+from slimtorch.prune.group_lasso import GroupLasso, GroupReport
 from slimtorch.prune.importance import (
     L1,
     L2,
@@ -38,6 +39,8 @@ __all__ = [
     "Evidence",
     "Fisher",
     "Group",
+    "GroupLasso",
+    "GroupReport",
     "Importance",
     "Iterative",
     "LifeLong",
@@ -66,4 +69,5 @@ __all__ = [
     "prune_",
     "scratch",
     "sparsity",
+    "weight_agnostic",
 ]

@@ -71,6 +71,7 @@ class Neurons:
         batches: how many of `data` to read; None: all. Fewer than that is an error.
         normalize: under "global", each layer's scores are divided by their mean first, since layers differ in scale.
             False compares them as they are, like the one threshold of network slimming.
+        threshold: remove the neurons whose score is at most this, >= 0, instead of a share; `ratio` must then be 0.
 
     Raises:
         ValueError, TypeError: an argument is out of its range.
@@ -86,6 +87,7 @@ class Neurons:
     loss_fn: LossFn | None = None
     batches: int | None = None
     normalize: bool = True
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         check_fraction("ratio", self.ratio)
@@ -100,6 +102,13 @@ class Neurons:
             check_count(name, getattr(self, name), least)
         if self.batches is not None:
             check_count("batches", self.batches, 1)
+        if self.threshold is not None:
+            if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
+                raise TypeError(f"threshold: expected a number >= 0, got {self.threshold!r}")
+            if not (self.threshold >= 0 and math.isfinite(self.threshold)):
+                raise ValueError(f"threshold: expected a finite number >= 0, got {self.threshold!r}")
+            if self.ratio != 0 or self.scope != "layer":
+                raise ValueError("threshold: expected ratio=0 and scope='layer' beside it: it alone says what goes")
         globs = (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore)
         if not all(isinstance(glob, str) for glob in globs):
             raise TypeError(f"ignore: expected globs of layer names, got {self.ignore!r}")
@@ -479,7 +488,9 @@ def _unit_means(scores: Tensor, candidate: _Candidate) -> Tensor:
 
 def _keep(means: list[Tensor], candidates: Sequence[_Candidate], config: Neurons) -> list[Tensor]:
     """Which units stay, [units] bool per candidate."""
-    if config.scope == "layer":
+    if config.threshold is not None:
+        keeps = [m > config.threshold for m in means]
+    elif config.scope == "layer":
         keeps = [keep_largest(m, round(config.ratio * len(m))) for m in means]
     else:
         # what must stay is out of the ranking; the rest is ranked in one
