@@ -125,7 +125,7 @@ def plan(settings: Settings) -> Plan:
     if settings.quick:  # smaller batches, and not the deepest: as many steps as a minute has room for
         return Plan(
             seeds=settings.seeds or 1, rows=tuple(name for name in rows if name != "resnet56-b"), small=True,
-            epochs=6, tune_epochs=2, tune_rate=1e-2, strength=1e-3, slimmed=0.5, sparsity=0.8, at_most=2.0,
+            epochs=5, tune_epochs=1, tune_rate=1e-2, strength=1e-3, slimmed=0.5, sparsity=0.8, at_most=2.0,
             batch_size=32,
         )  # fmt: skip
     return Plan(
@@ -414,7 +414,7 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
         fewer = [100 * (1 - sum(small) / sum(large)) for large, small in (row["parameters"], row["macs"])]
         epochs = [f"{min(values)}" if min(values) == max(values) else f"{min(values)}-{max(values)}"
                   for values in (row["epochs"][c] for c in "eb")]  # fmt: skip
-        sizes.append([about.title, *(f"{value:.1f} %" for value in fewer), " / ".join(epochs), *gains])
+        sizes.append([about.title, *(f"-{value:.1f} %" for value in fewer), " / ".join(epochs), *gains])
     cap = "" if chosen["at_most"] is None else f", at most {chosen['at_most']:g} times the epochs"
     recipe = [
         f"test accuracy, %, mean ± standard deviation over {over_seeds(chosen['seeds'])}; {_scale(found)}",
@@ -430,9 +430,11 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
     return [
         Table("Rethinking pruning: the same shape, fine-tuned or from scratch", ["network", *COLUMNS.values()],
               accuracy, recipe),
-        Table("What the shapes save, and what training from scratch gains",
-              ["network", "parameters fewer", "MACs fewer", "epochs E / B", "E - fine-tuned", "B - fine-tuned"], sizes,
-              ["differences in points of test accuracy, paired by seed: above 0, from scratch is better"]),
+        Table("What the shapes save, and what training from scratch gains over fine-tuning",
+              ["network", "parameters", "MACs", "epochs", "gain of E", "gain of B"], sizes,
+              ["fewer parameters and multiply-accumulates than the large network (zeros cost nothing); epochs of "
+               "Scratch-E / Scratch-B",
+               "gain: points of test accuracy, paired by seed; above 0, training from scratch is better"]),
     ]  # fmt: skip
 
 
