@@ -28,6 +28,7 @@ EXPERIMENTS = {
     "binary-connect": ("binary_connect", "binary weights as a regularizer: none, deterministic, stochastic, dropout"),
     "binary-net": ("binary_net", "binary weights and activations, trained, packed and timed"),
     "xnor-net": ("xnor_net", "binary convolutions with scales: full, binary weights, XNOR"),
+    "group-lasso": ("group_lasso", "group lasso against magnitude pruning at equal accuracy, with measured time"),
 }
 
 
