@@ -332,8 +332,11 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
             cells = (_by_level(before)[index], _by_level(values)[index])
             rows.append([f"{level:.0%} removed", title, shares, *cells])
     rows.sort(key=lambda row: str(row[0]))
-    columns = ["", "sparsity per layer", "kept in fc1 / fc2 / fc3, %", "before tuning, %", "after, %"]
-    notes = ["smallest weights of each layer, equal numbers in all; sensitivity: of the loss on validation images"]
+    columns = ["", "sparsity per layer", "kept in layers, %", "before, %", "after, %"]
+    notes = [
+        "share of the weights kept in fc1 / fc2 / fc3; accuracy before and after fine-tuning; equal nonzeros in all",
+        "smallest weights of each layer; sensitivity: of the loss on validation images",
+    ]
     result.append(Table("How to share out the nonzeros", columns, rows, notes))
     return result
 
