@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pruning: masks for weights, blocks, rows and columns; removal of neurons and channels; schedules."""
 
-from slimtorch.prune import lottery, scratch
+from slimtorch.prune import deconstruct, lottery, scratch, supermask, weight_agnostic
 from slimtorch.prune._verb import prune_
+from slimtorch.prune.group_lasso import GroupLasso, GroupReport
 from slimtorch.prune.importance import (
     L1,
     L2,
@@ -36,6 +37,7 @@ from slimtorch.prune.sensitivity import (
     sensitivity,
     time_layers,
 )
+from slimtorch.prune.slimming import SlimmingPenalty, SlimmingReport
 
 __all__ = [
     "L1",
@@ -47,6 +49,8 @@ __all__ = [
     "Evidence",
     "Fisher",
     "Group",
+    "GroupLasso",
+    "GroupReport",
     "Importance",
     "Iterative",
     "LatencyTable",
@@ -65,12 +69,15 @@ __all__ = [
     "Schedule",
     "SecondOrder",
     "Sensitivity",
+    "SlimmingPenalty",
+    "SlimmingReport",
     "Slots",
     "Snip",
     "Taylor",
     "WeightImportance",
     "allocate",
     "bake_",
+    "deconstruct",
     "lottery",
     "mask_like_",
     "masks",
@@ -78,5 +85,7 @@ __all__ = [
     "scratch",
     "sensitivity",
     "sparsity",
+    "supermask",
     "time_layers",
+    "weight_agnostic",
 ]
