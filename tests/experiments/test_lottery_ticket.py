@@ -138,4 +138,4 @@ def test_plans():
     assert plan(Settings(data="mnist")).steps == 50_000
     assert plan(Settings(seeds=3)).seeds == 3
     names = [trial.name for trial in trials_of(full)]
-    assert len(names) == len(set(names)) == full.seeds * (1 + 17 + 2 * 7 + 10)
+    assert len(names) == len(set(names)) == full.seeds * (1 + 17 + 2 * 4 + 9)
