@@ -27,7 +27,7 @@ EXPERIMENTS = {
     "weight-clustering": ("weight_clustering", "bits of shared weights against accuracy, by initialisation"),
     "binary-connect": ("binary_connect", "binary weights as a regularizer: none, deterministic, stochastic, dropout"),
     "binary-net": ("binary_net", "binary weights and activations, trained, packed and timed"),
-    "deconstructing": ("deconstructing", "what makes a lottery ticket: criteria, starting values, signs, frozen values"),
+    "deconstructing": ("deconstructing", "what makes a lottery ticket: criteria, starting values, signs, zeros"),
     "supermask": ("supermask", "masks that make an untrained network work: by criterion, and learned"),
     "xnor-net": ("xnor_net", "binary convolutions with scales: full, binary weights, XNOR"),
 }
