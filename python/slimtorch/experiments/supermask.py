@@ -69,14 +69,14 @@ class Plan:
 
     seeds: int = 5
     epochs: int = 6
-    mask_epochs: int = 20
+    mask_epochs: int = 15
     batch_size: int = 60
     rate: float = 1.2e-3
     mask_rate: float = 100.0
     score_rate: float = 0.01
     top: float = 0.3
     samples: int = 10
-    kept: tuple[float, ...] = (0.8, 0.65, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05, 0.02)
+    kept: tuple[float, ...] = (0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
 
 
 def plan(settings: Settings) -> Plan:
