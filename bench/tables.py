@@ -2,8 +2,8 @@
 """README tables, the full tables and the plots, all from the committed JSON: `python -m bench.tables [--check]`.
 
 README.md holds `<!-- bench:sparse -->` ... `<!-- /bench -->`, one such pair for each benchmark; what stands between
-the two is replaced. `bench/results/tables.md` has every figure with its spread. `--check` writes nothing and fails
-where any of these would change.
+the two is replaced. So it is in docs/experiments.md, with a pair for each experiment. `bench/results/tables.md` has
+every figure with its spread. `--check` writes nothing and fails where any of these would change.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import plots, quantized
+from bench import experiments, plots, quantized
 from bench.machine import ROOT
 from bench.markdown import markdown, ratio
 from bench.results import RESULTS_DIR, Case, Results, load_all
@@ -160,16 +160,20 @@ def section(name: str, every: Sequence[Results], *, readme: Path, folder: Path) 
 def fill(text: str, every: Sequence[Results], *, readme: Path, folder: Path) -> str:
     """README's text with every section replaced; ValueError where a benchmark's markers are missing or broken."""
     for name in SECTIONS:
-        begin = f"<!-- bench:{name} -->"
-        found = text.count(begin)
-        if not found and (name in ("targets", *QUANTIZED) or not any(results.benchmark == name for results in every)):
+        optional = name in ("targets", *QUANTIZED) or not any(results.benchmark == name for results in every)
+        if optional and f"<!-- bench:{name} -->" not in text:
             continue
-        pattern = re.compile(re.escape(begin) + r"(?:(?!<!-- bench:).)*?" + re.escape(_END), re.DOTALL)
-        if found != 1 or not pattern.search(text):
-            raise ValueError(f"{readme}: expected {begin} once, with {_END} after it")
-        filled = f"{begin}\n\n{section(name, every, readme=readme, folder=folder)}\n\n{_END}"
-        text = pattern.sub(lambda match, filled=filled: filled, text)  # type: ignore[misc]
+        text = _replace(text, name, section(name, every, readme=readme, folder=folder), readme)
     return text
+
+
+def _replace(text: str, name: str, content: str, page: Path) -> str:
+    """The text with what stands between the markers of `name` replaced; ValueError where they are not there once."""
+    begin = f"<!-- bench:{name} -->"
+    pattern = re.compile(re.escape(begin) + r"(?:(?!<!-- bench:).)*?" + re.escape(_END), re.DOTALL)
+    if text.count(begin) != 1 or not pattern.search(text):
+        raise ValueError(f"{page}: expected {begin} once, with {_END} after it")
+    return pattern.sub(lambda _: f"{begin}\n\n{content}\n\n{_END}", text)
 
 
 def full(every: Sequence[Results]) -> str:
@@ -227,18 +231,31 @@ def _main(arguments: Sequence[str] | None) -> int:
     wanted = {options.readme: fill(before, every, readme=options.readme, folder=options.results)}
     if every:
         wanted[details] = full(every)
+    page, drawings = options.readme.parent / "docs" / "experiments.md", []
+    if page.exists():
+        wanted[page] = text = page.read_text(encoding="utf-8")
+        for name in experiments.sections(text):
+            found = experiments.found(name, options.results)
+            content = "No results are committed yet." if found is None else experiments.section(name, found, "img")
+            wanted[page] = _replace(wanted[page], name, content, page)
+            if found is not None:
+                drawings += [(found, *plot) for plot in experiments.stale_plots(name, found, page.parent / "img")]
     folder = options.results / "plots"
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     undrawn = [results for results in every if plots.plotted(results) and not plots.is_current(results, folder)]
     if options.check:
-        for path in [*stale, *(plots.plot_path(results, folder) for results in undrawn)]:
+        late = [*stale, *(plots.plot_path(results, folder) for results in undrawn), *(path for _, path, _ in drawings)]
+        for path in late:
             print(f"out of date: {path}; run `python -m bench.tables`", file=sys.stderr)
-        return 1 if stale or undrawn else 0
+        return 1 if late else 0
     for path in stale:
         path.write_text(wanted[path], encoding="utf-8")
         print(f"wrote {path}")
     for results in undrawn:
         print(f"wrote {plots.draw(results, folder)}")
+    for found, path, figure in drawings:
+        experiments.draw(found, path, figure)
+        print(f"wrote {path}")
     return 0
 
 

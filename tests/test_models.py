@@ -211,8 +211,39 @@ def test_input_sizes_classes_and_training(build: Callable[..., nn.Module]) -> No
 
 
 @pytest.mark.parametrize(
+    ("full", "pruned", "whole"),
+    [
+        (models.resnet56, models.resnet56_a, (8, 10, 19, 27)),
+        (models.resnet56, models.resnet56_b, (8, 9, 10, 17, 19, 27)),
+        (models.resnet110, models.resnet110_a, (18, *range(19, 55))),
+        (models.resnet110, models.resnet110_b, (18, 19, 37)),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_narrow_residual_networks(
+    full: Callable[..., nn.Module], pruned: Callable[..., nn.Module], whole: tuple[int, ...]
+) -> None:
+    """The pruned shape of a network of half the width: the same blocks stay whole, the same shares go."""
+    with torch.device("meta"):
+        wide, small, narrow = inner_widths(full(width=8)), inner_widths(pruned(width=8)), inner_widths(pruned())
+    assert wide == [w // 2 for w in inner_widths_of(full)]
+    assert tuple(i + 1 for i, (a, b) in enumerate(zip(wide, small, strict=True)) if a == b) == whole
+    assert all(abs(2 * b - c) <= 2 for b, c in zip(small, narrow, strict=True))
+    assert full(width=2, channels=1)(torch.randn(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_narrow_vgg() -> None:
+    model = models.vgg16(channels=1, widths=[w // 16 for w in models.VGG16_WIDTHS], hidden=32)
+    widths = [m.out_channels for m in model if isinstance(m, nn.Conv2d)]
+    assert widths == [4, 4, 8, 8, 16, 16, 16] + [32] * 6
+    assert [m.out_features for m in model if isinstance(m, nn.Linear)] == [32, 10]
+    assert model(torch.randn(2, 1, 16, 16)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
     ("build", "argument"),
     [
+        (lambda: models.resnet56(width=0), "width: expected at least 1, got 0"),
         (lambda: models.vgg16(widths=(64, 64)), "widths: expected 13 numbers of channels, got 2"),
         (lambda: models.resnet20(inner=(16,)), "inner: expected 9 numbers of channels, got 1"),
         (lambda: models.resnet34(inner=()), "inner: expected 16 numbers of channels, got 0"),
@@ -225,6 +256,11 @@ def test_wrong_widths(build: Callable[[], nn.Module], argument: str) -> None:
 
 def inner_widths(model: nn.Module) -> list[int]:
     return [m.conv1.out_channels for m in model if isinstance(getattr(m, "conv1", None), nn.Conv2d)]
+
+
+def inner_widths_of(build: Callable[[], nn.Module]) -> list[int]:
+    with torch.device("meta"):
+        return inner_widths(build())
 
 
 def test_removing_neurons_gives_the_pruned_shape() -> None:

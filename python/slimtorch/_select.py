@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import glob as globs
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -73,3 +74,8 @@ def check_glob(glob: str, names: list[str], *, types: tuple[type[nn.Module], ...
     near = difflib.get_close_matches(glob, names, n=3, cutoff=0.3) or names[:3]
     hint = f"; closest names: {', '.join(map(repr, near))}" if near else "; the model has none"
     raise ValueError(f"{argument}: the glob {glob!r} matches no {wanted} layer of the model{hint}")
+
+
+def literal(name: str) -> str:
+    """A glob that matches this name and no other."""
+    return globs.escape(name)

@@ -112,7 +112,7 @@ def load(name: str | None = None, quick: bool = False) -> tuple[Digits, str]:
 def _torchvision(name: str) -> Digits:
     try:
         from torchvision import datasets
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # the latter: it was built for another torch
         raise ImportError(
             f"--data {name} needs the package torchvision: install the extra with `pip install slimtorch[data]`, "
             "or name a folder that holds the files"

@@ -6,11 +6,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from bench import plots, tables, targets
+from bench import experiments, plots, tables, targets
 from bench.results import Case, Results
+from slimtorch.report import Table
 from tests.problems import BENCH_LINEAR, at_densities
 
 
@@ -169,3 +171,39 @@ def test_targets_command(results_folder: Path, capsys: pytest.CaptureFixture[str
 def test_targets_of_a_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert targets.main([str(tmp_path / "nothing.json")]) == 2
     assert "nothing.json" in capsys.readouterr().err
+
+
+def test_the_page_of_experiments(
+    results_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tables and plots of an experiment come from its JSON; another JSON makes both stale."""
+    module = SimpleNamespace(
+        tables=lambda found: [Table("Errors", ["method", "error"], [["ours", found["error"]]], ["5 seeds"])],
+        figures=lambda found: [("found-curve", "A curve.", experiments.plots.new_figure(1)[0])],
+    )
+    monkeypatch.setattr(experiments, "EXPERIMENTS", {"known": ("known", "about")})
+    monkeypatch.setattr(experiments, "_module", lambda name: module)
+    machine = {"cpu": "c", "threads": 1, "dtype": "float32", "isa": "avx2", "torch": "2", "slimtorch": "0"}
+    stored = results_folder / "experiments" / "known.json"
+    stored.parent.mkdir()
+    page = results_folder.parent / "docs" / "experiments.md"
+    page.parent.mkdir()
+    page.write_text("# Page\n\n<!-- bench:known -->\nold\n<!-- /bench -->\n", encoding="utf-8")
+    assert run_tables(results_folder) == 0
+    assert "No results are committed yet." in page.read_text(encoding="utf-8")
+    plot = page.parent / "img" / "found-curve.png"
+    for error in (0.5, 0.25):
+        stored.write_text(json.dumps({"data": "digits", "machine": machine, "error": error}), encoding="utf-8")
+        assert run_tables(results_folder, "--check") == 1
+        assert str(page) in (said := capsys.readouterr().err)
+        assert str(plot) in said
+        assert run_tables(results_folder) == 0
+        text = page.read_text(encoding="utf-8")
+        assert f"| ours | {error:.3f} |" in text
+        assert "On digits. c, 1 thread, float32" in text
+        assert "![A curve.](img/found-curve.png)" in text
+        assert plot.read_bytes().startswith(b"\x89PNG")
+        assert run_tables(results_folder, "--check") == 0
+    page.write_text("<!-- bench:unknown -->\n<!-- /bench -->\n", encoding="utf-8")
+    assert run_tables(results_folder) != 0
+    assert "expected an experiment, one of known" in capsys.readouterr().err

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Full data sets from disk: MNIST's and CIFAR-10's own file formats."""
+"""Full data sets: MNIST's and CIFAR-10's own file formats from disk, and what torchvision gives."""
 
 from __future__ import annotations
 
 import gzip
 import struct
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
-from slimtorch.data import load_folder
+from slimtorch.data import load, load_folder
 
 COUNT = 20_010  # the least that leaves images to train on beside 10,000 for validation
 
@@ -88,3 +90,59 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "data_batch_1.bin").write_bytes(bytes(3072))
     with pytest.raises(ValueError, match="records of 3073 bytes"):
         load_folder(tmp_path)
+
+
+def test_data_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None, a folder, and data sets as torchvision holds them: images [N, H, W] or [N, H, W, C], lists of labels."""
+    small, words = load(quick=True)
+    assert len(small.train) == 1000
+    assert words == "real handwritten digits, at small scale (1,000 images to train on, 1,000 held out for the test)"
+    assert len(load()[0].train) == 3500
+    folder = tmp_path / "files"
+    folder.mkdir()
+    arrays = _mnist(folder)
+    expected, words = load(str(folder))
+    assert words.startswith("the full data set in 'files' (10,010 images")
+
+    rng = np.random.default_rng(1)
+    colour = rng.integers(0, 256, (COUNT, 4, 5, 3), np.uint8)
+
+    class DataSet:
+        def __init__(self, root: str, train: bool, download: bool) -> None:
+            assert download
+            assert Path(root) == tmp_path / "cache" / "slimtorch"
+            part = "train" if train else "t10k"
+            self.data: object = torch.from_numpy(arrays[f"{part}-images-idx3-ubyte"])
+            self.targets: object = torch.from_numpy(arrays[f"{part}-labels-idx1-ubyte"]).long()
+
+    class Colour(DataSet):
+        def __init__(self, root: str, train: bool, download: bool) -> None:
+            super().__init__(root, train, download)
+            self.data, self.targets = colour, [3] * COUNT
+
+    class Unreachable(DataSet):
+        def __init__(self, root: str, train: bool, download: bool) -> None:
+            raise RuntimeError("Error downloading")
+
+    package, datasets = ModuleType("torchvision"), ModuleType("torchvision.datasets")
+    package.datasets = datasets  # type: ignore[attr-defined]
+    datasets.MNIST, datasets.CIFAR10 = DataSet, Colour  # type: ignore[attr-defined]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setitem(sys.modules, "torchvision", package)
+    digits, words = load("mnist")
+    assert words.startswith("MNIST (10,010 images")
+    for part in ("train", "validation", "test"):
+        assert torch.equal(getattr(digits, part).images, getattr(expected, part).images)
+        assert torch.equal(getattr(digits, part).labels, getattr(expected, part).labels)
+    images, _ = load("cifar10")
+    assert images.train.images.shape == (COUNT - 10_000, 3, 4, 5)
+    raw = torch.from_numpy(colour[:COUNT]).double() / 255
+    normal = (raw - raw.mean((0, 1, 2))) / raw.std((0, 1, 2))
+    assert torch.allclose(images.train.images[:3].double(), normal[:3].permute(0, 3, 1, 2), atol=1e-5)
+    assert images.train.labels.unique().tolist() == [3]
+    datasets.MNIST = Unreachable  # type: ignore[attr-defined]
+    with pytest.raises(OSError, match="--data mnist: could not be downloaded"):
+        load("mnist")
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(ImportError, match=r"pip install slimtorch\[data\]"):
+        load("cifar10")

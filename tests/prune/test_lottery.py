@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from slimtorch import models, prune
 from slimtorch.prune.lottery import Ticket, early_stop, rates_of, search
@@ -216,6 +218,78 @@ def test_stops_with_what_was_done() -> None:
     with pytest.raises(ValueError, match=r"would leave layer 'out' without weights"):
         collect(search(mlp(), lambda *_: None, rounds=9, rates={"out": 0.8}), got)
     assert got[-1].masks["out"].any()
+
+
+def test_the_next_round_by_hand() -> None:
+    tickets = list(search(mlp(), Trainer(), rounds=2, rates=0.3))
+    ticket = tickets[1].pruned(0.3)
+    assert (ticket.round, ticket.final, ticket.result) == (2, {}, None)
+    assert all(torch.equal(ticket.masks[n], m) for n, m in tickets[2].masks.items())
+    assert ticket.start is tickets[1].start
+    for dtype in (torch.bfloat16, torch.float64):  # ranked in the weights' own precision, equal ones by position
+        final = {k: v.to(dtype) for k, v in tickets[1].final.items()}
+        kept = Ticket(1, 0, tickets[1].masks, {}, final).pruned(0.3).masks["fc1"]
+        weight = torch.where(tickets[1].masks["fc1"], final["fc1.weight"].abs().double(), -1.0).flatten()
+        order = weight.argsort(stable=True)
+        assert set(torch.nonzero(~kept.flatten()).flatten().tolist()) == set(order[: int((~kept).sum())].tolist())
+    with pytest.raises(ValueError, match="expected a ticket that was trained"):
+        ticket.pruned(0.3)
+    with pytest.raises(ValueError, match=r"rates: expected one for each of \['fc1', 'fc2', 'out'\], got \['fc1'\]"):
+        tickets[1].pruned({"fc1": 0.2})
+    with pytest.raises(ValueError, match=r"rates\['fc1'\]: expected a number in \[0, 1\)"):
+        tickets[1].pruned(1.0)
+    with pytest.raises(ValueError, match="trained weight of layer 'fc1' holds NaN"):
+        Ticket(0, 0, tickets[0].masks, {}, {k: v * float("nan") for k, v in tickets[0].final.items()}).pruned(0.1)
+
+
+def test_a_loader_that_ends_early_stops_the_search() -> None:
+    batches = iter(data() + data()[:3])  # one round and a half: the third finds nothing
+
+    def train(model: nn.Module, start: int, after_step: Callable[[], None]) -> int:
+        return sum(1 for _ in itertools.islice(batches, STEPS) if after_step() is None)
+
+    got: list[Ticket] = []
+    with pytest.raises(ValueError, match=r"round 2 called after_step\(\) not once, round 0 6 times.*iterator"):
+        collect(search(mlp(), train, rounds=3), got)
+    assert [t.result for t in got] == [6, 3]
+
+
+def test_nan_outside_the_pruned_weights_is_told() -> None:
+    def train(model: nn.Module, start: int, after_step: Callable[[], None]) -> None:
+        model.out.bias.data[0] = float("nan")
+
+    with pytest.raises(ValueError, match=r"train: round 0 left NaN in 'out.bias'"):
+        list(search(mlp(), train, rounds=1))
+
+
+def test_a_mask_that_cuts_the_network_is_refused() -> None:
+    ticket = list(search(mlp(), lambda *_: None, rounds=1))[-1]
+    cut = Ticket(1, 0, {**ticket.masks, "fc2": torch.zeros_like(ticket.masks["fc2"])}, ticket.start)
+    model = mlp(seed=3)
+    with pytest.raises(ValueError, match="keeps no weight of layer 'fc2'"):
+        cut.apply_(model)
+    assert not prune.masks(model)
+
+
+def test_the_loop_of_the_documentation_with_batch_norm_in_bfloat16(tmp_path: Path) -> None:
+    """The docstring's own `train`, over a DataLoader, on a bfloat16 network with batch-norm, and under autocast."""
+    text = (prune.lottery.__doc__ or "").split("    def train(")[1].split("\n\n")[0].rsplit('"""')[0]
+    x, y = torch.randn(48, 20), torch.randint(0, 4, (48,))
+    for dtype in (torch.bfloat16, torch.float32):
+        loader = DataLoader(TensorDataset(x.to(dtype), y), batch_size=16)
+        names: dict[str, Any] = {"torch": torch, "itertools": itertools, "F": F, "loader": loader}
+        exec(textwrap.dedent("    def train(" + text), names)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4)).to(dtype)
+        folder = tmp_path / str(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            tickets = list(search(model, names["train"], rounds=2, rewind=1, folder=folder))
+        assert [t.remaining for t in tickets] == pytest.approx([1, 0.8, 0.64], abs=0.01)
+        assert all(0 < t.result["loss"] < 5 for t in tickets)
+        assert all(v.dtype == dtype for k, v in tickets[-1].final.items() if not k.endswith("batches_tracked"))
+        assert [int(t.start["1.num_batches_tracked"]) for t in tickets] == [1, 1, 1]  # buffers are rewound, to step 1
+        assert [int(t.final["1.num_batches_tracked"]) for t in tickets] == [3, 3, 3]
+        assert same(Ticket.load(folder / "round-02.safetensors"), tickets[2])
 
 
 def test_rates_of_the_paper() -> None:

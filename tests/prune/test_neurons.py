@@ -236,6 +236,21 @@ def test_global_scope_counts_over_all_layers() -> None:
     assert min(left["fc1"], left["fc2"]) >= 3
 
 
+def test_threshold_takes_what_it_says() -> None:
+    model = CASES["mlp"].model()
+    with torch.no_grad():
+        model.fc1.weight[:5] = 0
+        model.fc2.weight[3] = 1e-3
+    prune_(model, Neurons(0, threshold=0), example_inputs=CASES["mlp"].inputs())
+    assert widths(model) == {"fc1": 27, "fc2": 16, "out": 4}
+    prune_(model, Neurons(0, threshold=0.1, round_to=4), example_inputs=CASES["mlp"].inputs())
+    assert widths(model) == {"fc1": 27, "fc2": 16, "out": 4}  # 15 are rounded up
+    prune_(model, {"fc2": Neurons(0, threshold=0.1)}, example_inputs=CASES["mlp"].inputs())
+    assert widths(model) == {"fc1": 27, "fc2": 15, "out": 4}
+    prune_(model, {"fc2": Neurons(0, threshold=1e9, min_neurons=2)}, example_inputs=CASES["mlp"].inputs())
+    assert widths(model) == {"fc1": 27, "fc2": 2, "out": 4}
+
+
 def test_ignore_filter_and_dict() -> None:
     x = CASES["conv"].inputs()
     for config, filter_fn, expected in [
@@ -633,6 +648,12 @@ def test_layer_that_is_not_run_is_noted() -> None:
         ({"seed": "a"}, TypeError),
         ({"ignore": [3]}, TypeError),
         ({"loss_fn": "mse"}, TypeError),
+        ({"normalize": 1}, TypeError),
+        ({"normalize": False}, ValueError),  # scope is "layer"
+        ({"threshold": "low"}, TypeError),
+        ({"threshold": -1.0}, ValueError),
+        ({"threshold": math.nan}, ValueError),
+        ({"threshold": 0.1}, ValueError),  # ratio is 0.5
     ],
 )
 def test_bad_options(options: dict[str, Any], error: type[Exception]) -> None:

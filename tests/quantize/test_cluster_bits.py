@@ -111,7 +111,7 @@ def test_bad_budgets_and_measures_are_named() -> None:
         choose_bits(model, good, ratio=2, candidates=(2, 9))
     with pytest.raises(ValueError, match="candidates"):
         choose_bits(model, good, ratio=2, candidates=())
-    with pytest.raises(ValueError, match="measure: expected a finite loss"):
+    with pytest.raises(ValueError, match="measure: expected a finite number"):
         choose_bits(model, lambda m: float("nan"), ratio=2)
     with pytest.raises(TypeError, match="measure"):
         choose_bits(model, 3, ratio=2)  # type: ignore[arg-type]

@@ -23,12 +23,19 @@ Progress = Callable[[str, int, int], None]
 
 # Name on the command line -> module of this package, and one line for the list.
 EXPERIMENTS = {
+    "lottery-ticket": ("lottery_ticket", "pruning round by round with rewinding: winning tickets and their controls"),
+    "deconstructing": ("deconstructing", "what makes a ticket: criteria, starting values, signs, frozen values"),
+    "supermask": ("supermask", "masks that make an untrained network work: by criterion, and learned"),
+    "weight-agnostic": ("weight_agnostic", "topologies that classify and balance with any shared weight"),
+    "rethinking": ("rethinking", "pruned shapes: fine-tuned, or trained from scratch"),
+    "group-lasso": ("group_lasso", "group lasso against magnitude pruning at equal accuracy, with measured time"),
+    "importance": ("importance", "what to remove: magnitude, Taylor, SNIP, life-long …, at equal sparsity"),
+    "one-shot-vs-iterative": ("one_shot_vs_iterative", "do not prune too much at once: one shot, rounds, gradual"),
     "deep-compression": ("deep_compression", "prune, share, code: size, error and speed after each step"),
     "weight-clustering": ("weight_clustering", "bits of shared weights against accuracy, by initialisation"),
     "binary-connect": ("binary_connect", "binary weights as a regularizer: none, deterministic, stochastic, dropout"),
     "binary-net": ("binary_net", "binary weights and activations, trained, packed and timed"),
     "xnor-net": ("xnor_net", "binary convolutions with scales: full, binary weights, XNOR"),
-    "weight-agnostic": ("weight_agnostic", "topologies that classify and balance with any shared weight"),
 }
 
 

@@ -167,9 +167,9 @@ def band(
         axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
 
 
-def save_png(figure: Figure, path: Path) -> None:
-    """Write ``figure`` as a PNG, atomically."""
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+def save_png(figure: Figure, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write ``figure`` as a PNG, atomically; ``metadata`` goes into the file as text."""
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120, metadata=metadata))
 
 
 def svg(figure: Figure) -> str:

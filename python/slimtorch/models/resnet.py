@@ -111,14 +111,16 @@ def _kept(
 # --- 32x32 images -------------------------------------------------------------------------------------------------
 
 
-def _cifar(depth: int, classes: int, channels: int, inner: Sequence[int] | None) -> nn.Sequential:
+def _cifar(depth: int, classes: int, channels: int, inner: Sequence[int] | None, width: int) -> nn.Sequential:
     blocks = (depth - 2) // 6  # per stage
+    if width < 1:
+        raise ValueError(f"width: expected at least 1, got {width}")
     if inner is not None and len(inner) != 3 * blocks:
         raise ValueError(f"inner: expected {3 * blocks} numbers of channels, got {len(inner)}")
-    layers: list[nn.Module] = [nn.Conv2d(channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    c_in = 16
+    layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    c_in = width
     for index in range(3 * blocks):
-        c_out = 16 * 2 ** (index // blocks)
+        c_out = width * 2 ** (index // blocks)
         stride = c_out // c_in
         layers.append(
             _BasicBlock(
@@ -131,49 +133,62 @@ def _cifar(depth: int, classes: int, channels: int, inner: Sequence[int] | None)
     return network
 
 
-def resnet20(classes: int = 10, channels: int = 3, inner: Sequence[int] | None = None) -> nn.Sequential:
+def resnet20(
+    classes: int = 10, channels: int = 3, inner: Sequence[int] | None = None, width: int = 16
+) -> nn.Sequential:
     """ResNet-20 for CIFAR, shortcuts without parameters (option A): 269,722 parameters (0.27 M in Table 6).
 
     Args:
         classes: outputs.
         channels: of the images.
         inner: channels between the two convolutions of each block, in order (9 blocks); None: as wide as the block.
+        width: channels of the first stage; the others have twice and four times as many.
 
     Input [N, channels, H, W] (CIFAR: 32x32), output [N, classes]. Channels can be removed inside blocks
     (``prune_(model, {"*.conv1": Neurons(...)}, ...)``); those between blocks hang together by zero padding, which
     ``prune_`` refuses to cut.
     """
-    return _cifar(20, classes, channels, inner)
+    return _cifar(20, classes, channels, inner, width)
 
 
-def resnet56(classes: int = 10, channels: int = 3, inner: Sequence[int] | None = None) -> nn.Sequential:
+def resnet56(
+    classes: int = 10, channels: int = 3, inner: Sequence[int] | None = None, width: int = 16
+) -> nn.Sequential:
     """ResNet-56 for CIFAR: 853,018 parameters (0.85 M in Table 6). As :func:`resnet20`, with 27 blocks."""
-    return _cifar(56, classes, channels, inner)
+    return _cifar(56, classes, channels, inner, width)
 
 
-def resnet110(classes: int = 10, channels: int = 3, inner: Sequence[int] | None = None) -> nn.Sequential:
+def resnet110(
+    classes: int = 10, channels: int = 3, inner: Sequence[int] | None = None, width: int = 16
+) -> nn.Sequential:
     """ResNet-110 for CIFAR: 1,727,962 parameters (1.7 M in Table 6). As :func:`resnet20`, with 54 blocks."""
-    return _cifar(110, classes, channels, inner)
+    return _cifar(110, classes, channels, inner, width)
 
 
-def resnet56_a(classes: int = 10, channels: int = 3) -> nn.Sequential:
+def _kept_cifar(
+    depth: int, width: int, percent: tuple[int, int, int], whole: Collection[int]
+) -> tuple[int, ...]:
+    return _kept(((depth - 2) // 6,) * 3, (width, 2 * width, 4 * width), percent, whole)
+
+
+def resnet56_a(classes: int = 10, channels: int = 3, width: int = 16) -> nn.Sequential:
     """ResNet-56-pruned-A: 10 % of the channels inside blocks gone, four blocks whole (1608.08710, section 4.2)."""
-    return resnet56(classes, channels, _kept((9, 9, 9), (16, 32, 64), (10, 10, 10), (16, 20, 38, 54)))
+    return resnet56(classes, channels, _kept_cifar(56, width, (10, 10, 10), (16, 20, 38, 54)), width)
 
 
-def resnet56_b(classes: int = 10, channels: int = 3) -> nn.Sequential:
+def resnet56_b(classes: int = 10, channels: int = 3, width: int = 16) -> nn.Sequential:
     """ResNet-56-pruned-B: 60, 30 and 10 % gone in the three stages, six blocks whole (1608.08710, section 4.2)."""
-    return resnet56(classes, channels, _kept((9, 9, 9), (16, 32, 64), (60, 30, 10), (16, 18, 20, 34, 38, 54)))
+    return resnet56(classes, channels, _kept_cifar(56, width, (60, 30, 10), (16, 18, 20, 34, 38, 54)), width)
 
 
-def resnet110_a(classes: int = 10, channels: int = 3) -> nn.Sequential:
+def resnet110_a(classes: int = 10, channels: int = 3, width: int = 16) -> nn.Sequential:
     """ResNet-110-pruned-A: 50 % gone in the first stage, one block whole (1608.08710, section 4.2)."""
-    return resnet110(classes, channels, _kept((18, 18, 18), (16, 32, 64), (50, 0, 0), (36,)))
+    return resnet110(classes, channels, _kept_cifar(110, width, (50, 0, 0), (36,)), width)
 
 
-def resnet110_b(classes: int = 10, channels: int = 3) -> nn.Sequential:
+def resnet110_b(classes: int = 10, channels: int = 3, width: int = 16) -> nn.Sequential:
     """ResNet-110-pruned-B: 50, 40 and 30 % gone in the three stages, three blocks whole (1608.08710, section 4.2)."""
-    return resnet110(classes, channels, _kept((18, 18, 18), (16, 32, 64), (50, 40, 30), (36, 38, 74)))
+    return resnet110(classes, channels, _kept_cifar(110, width, (50, 40, 30), (36, 38, 74)), width)
 
 
 # --- ImageNet -----------------------------------------------------------------------------------------------------

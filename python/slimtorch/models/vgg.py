@@ -18,13 +18,16 @@ VGG16_A_WIDTHS = (32, 64, 128, 128, 256, 256, 256, 256, 256, 256, 256, 256, 256)
 _POOL_AFTER = (1, 3, 6, 9)  # indices of convolutions
 
 
-def vgg16(classes: int = 10, channels: int = 3, widths: Sequence[int] = VGG16_WIDTHS) -> nn.Sequential:
+def vgg16(
+    classes: int = 10, channels: int = 3, widths: Sequence[int] = VGG16_WIDTHS, hidden: int = 512
+) -> nn.Sequential:
     """VGG-16 for CIFAR: 14,987,722 parameters (1.5·10⁷ in 1608.08710, Table 1).
 
     Args:
         classes: outputs.
         channels: of the images.
         widths: output channels of the thirteen convolutions; fewer give a pruned network.
+        hidden: units of the hidden layer.
 
     Input [N, channels, H, W] with H and W from 16 on (CIFAR: 32), output [N, classes].
     """
@@ -37,8 +40,8 @@ def vgg16(classes: int = 10, channels: int = 3, widths: Sequence[int] = VGG16_WI
         if index in _POOL_AFTER:
             layers.append(nn.MaxPool2d(2))
         c_in = width
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c_in, 512), nn.BatchNorm1d(512), nn.ReLU()]
-    network = nn.Sequential(*layers, nn.Linear(512, classes))
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c_in, hidden), nn.BatchNorm1d(hidden), nn.ReLU()]
+    network = nn.Sequential(*layers, nn.Linear(hidden, classes))
     he_(network)
     return network
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
+from slimtorch._progress import shown
 from slimtorch.prune.mask import MASKABLE, mask_of, unmasked_weight
 
 LossFn = Callable[..., Tensor]
@@ -89,7 +90,7 @@ class Evidence:
         if self.data is None:
             raise ValueError(f"data: importance {who!r} needs an iterable of inputs or (inputs, targets), got None")
         count = 0
-        for batch in _shown(_first(self.data, self.limit), who, self._total()):
+        for batch in shown(_first(self.data, self.limit), f"importance: {who}", self._total()):
             count += 1
             if isinstance(batch, (tuple, list)):
                 if not batch:
@@ -122,28 +123,6 @@ def _first(data: Iterable[Any], limit: int | None) -> Iterator[Any]:
             yield next(batches)
         except StopIteration:
             return
-
-
-def _shown(batches: Iterator[Any], who: str, total: int | None) -> Iterator[Any]:
-    """The same batches, counted by a bar on standard error if that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("importance: {task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    with bar:
-        task = bar.add_task(who, total=total)
-        for batch in batches:
-            yield batch
-            bar.advance(task)
 
 
 @runtime_checkable

@@ -8,7 +8,18 @@ al., "Stabilizing the Lottery Ticket Hypothesis", 1903.01611).
         print(ticket.remaining, ticket.result)
 
 A ticket is a mask and the weights to start from. Its controls are tickets too: `with_start` (other weights under the
-same mask, for example newly drawn ones) and `shuffled` (the same weights under a random mask of equal density).
+same mask, for example newly drawn ones) and `shuffled` (the same weights under a random mask of equal density). `train`
+is anyone's loop:
+
+    def train(model, start, after_step):  # start: steps that the weights have behind them, 0 without late rewinding
+        optimizer = torch.optim.Adam(model.parameters(), lr=1.2e-3)
+        for images, labels in itertools.islice(loader, start, None):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+            optimizer.step()
+            after_step()
+        return {"loss": loss.item()}
 """
 
 from __future__ import annotations
@@ -20,6 +31,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,12 +41,13 @@ import torch
 from torch import Tensor, nn
 
 from slimtorch import _select
-from slimtorch.prune.magnitude import Magnitude, check_count, check_fraction, check_weight, prune_weights_
+from slimtorch.prune import criteria
+from slimtorch.prune.magnitude import CHUNK, check_count, check_fraction, check_weight, largest
 from slimtorch.prune.mask import MASKABLE, install, mask_of, masks
 
 Train = Callable[[nn.Module, int, Callable[[], None]], Any]
 """`train(model, start, after_step) -> result`: trains in place from step `start` on, calls `after_step()` after each
-optimizer step, and returns anything JSON-ready."""
+optimizer step, and returns anything JSON-ready. Where it stops early, by its own choice, it calls it less often."""
 
 _WEIGHT = ".parametrizations.weight.original"
 
@@ -71,7 +84,7 @@ class Ticket:
         """Puts the masks on a model of the class that was searched, and the starting weights into it.
 
         Raises:
-            ValueError: layers or shapes do not fit. The model is left as it was.
+            ValueError: layers or shapes do not fit, or a mask keeps no weight of its layer. The model stays as it was.
         """
         _check_fits(model, self.masks, self.start)
         layers = dict(model.named_modules())
@@ -99,6 +112,58 @@ class Ticket:
             order = torch.randperm(mask.numel(), generator=generator)
             moved[name] = mask.flatten()[order.to(mask.device)].view(mask.shape)
         return replace(self, masks=moved, final={}, result=None)
+
+    def pruned(
+        self, rates: float | Mapping[str, float], criterion: str | criteria.Criterion = "large_final", seed: int = 0
+    ) -> Ticket:
+        """The ticket of the next round, not trained: less of each layer, the same start.
+
+        Of each layer the weights of least magnitude after training go, so that 1 - (1 - rate)^(round + 1) of all its
+        weights are gone then; what is masked stays masked. `search` prunes so between its rounds.
+
+        Args:
+            rates: share of what remains that goes, in [0, 1): one number, or by the exact name of each masked layer.
+            criterion: another than magnitude, see `search`.
+            seed: of the order in which another criterion breaks ties; each round has one of its own.
+
+        Raises:
+            ValueError: the ticket was not trained, a layer has no rate or would lose all its weights, its trained
+                weights hold NaN, or no criterion has that name.
+        """
+        if not self.final:
+            raise ValueError("pruned: expected a ticket that was trained, got one without final weights")
+        by_name = dict(rates) if isinstance(rates, Mapping) else dict.fromkeys(self.masks, rates)
+        if by_name.keys() != self.masks.keys():
+            raise ValueError(f"rates: expected one for each of {sorted(self.masks)}, got {sorted(by_name)}")
+        for name, rate in by_name.items():
+            check_fraction(f"rates[{name!r}]", rate)
+        if criteria.get(criterion) is not criteria.large_final:
+            keys = {name: f"{name}.weight" if name else "weight" for name in self.masks}
+            smaller = criteria.choose(
+                criterion,
+                {name: self.start[key] for name, key in keys.items()},
+                {name: self.final[key] for name, key in keys.items()},
+                {name: (1.0 - rate) ** (self.round + 1) for name, rate in by_name.items()},
+                within=self.masks,
+                seed=seed + self.round + 1,
+            )
+            return replace(self, round=self.round + 1, masks=smaller, final={}, result=None)
+        smaller = {}
+        for name, mask in self.masks.items():
+            weight = self.final[f"{name}.weight" if name else "weight"].flatten()
+            if bool(weight.isnan().any()):
+                raise ValueError(f"pruned: the trained weight of layer {name!r} holds NaN")
+            kept = mask.flatten()
+            chunks = [partial(_magnitude, weight[at : at + CHUNK], kept[at : at + CHUNK])
+                      for at in range(0, len(weight), CHUNK)]  # fmt: skip
+            keep = torch.cat(largest(chunks, 1.0 - (1.0 - by_name[name]) ** (self.round + 1)) or [kept])
+            if len(keep) and not bool(keep.any()):
+                raise ValueError(
+                    f"rates: round {self.round + 1} would leave layer {name!r} without weights; "
+                    "take fewer rounds, or a lower rate for that layer"
+                )
+            smaller[name] = keep.view(mask.shape)
+        return replace(self, round=self.round + 1, masks=smaller, final={}, result=None)
 
     def save(self, path: Path) -> None:
         """Writes one safetensors file; a crash leaves the old file or the new one, never half of it."""
@@ -151,10 +216,10 @@ def rates_of(model: nn.Module, *, conv: float = 0.2, linear: float = 0.2, output
     layers = _select.candidates(model, MASKABLE)
     if not layers:
         raise ValueError("model: expected a Linear or Conv2d layer, got none")
-    rates = {_literal(name): linear if isinstance(layer, nn.Linear) else conv for name, layer in layers}
+    rates = {_select.literal(name): linear if isinstance(layer, nn.Linear) else conv for name, layer in layers}
     last = [name for name, layer in layers if isinstance(layer, nn.Linear)]
     if last:
-        rates[_literal(last[-1])] = output
+        rates[_select.literal(last[-1])] = output
     return rates
 
 
@@ -180,6 +245,8 @@ def search(
     rewind: int = 0,
     folder: Path | None = None,
     config: Mapping[str, Any] | None = None,
+    criterion: str | criteria.Criterion = "large_final",
+    seed: int = 0,
 ) -> Iterator[Ticket]:
     """Trains, prunes the smallest weights of each layer, rewinds, and so on; yields each ticket once it is trained.
 
@@ -198,14 +265,20 @@ def search(
         folder: tickets are saved there, one file each, and read again by the same search: an interrupted one goes on
             after the last that is complete.
         config: anything JSON-ready that `train` depends on; with another one the folder is refused.
+        criterion: what stays: a name of `slimtorch.prune.deconstruct.CRITERIA`, or a function (initial, final) ->
+            scores of what is left of a layer, `initial` being the weights that tickets start from. "large_final":
+            magnitude.
+        seed: of the order in which other criteria break ties (and "random" chooses).
 
     Raises:
-        ValueError: masks on the model already, no such layer, `train` ended before step `rewind` or left NaN weights, a
-            layer would lose all its weights, or the folder holds tickets of another search. Tickets yielded (and saved)
-            before are complete.
+        ValueError: masks on the model already, no such layer, `train` ended before step `rewind`, took no step in a
+            later round (an iterator at its end) or left NaN, a layer would lose all its weights, or the folder holds
+            tickets of another search. Tickets yielded (and saved) before are complete.
     """
     check_count("rounds", rounds, 0)
     check_count("rewind", rewind, 0)
+    check_count("seed", seed, 0)
+    named = criteria.name_of(criterion)
     if not callable(train):
         raise TypeError(f"train: expected a callable, got {type(train).__name__}")
     by_glob: dict[str, float | None] = dict(rates) if isinstance(rates, Mapping) else {"*": rates}
@@ -225,7 +298,9 @@ def search(
         "start": _digest(start),
         "train": json.loads(json.dumps(dict(config or {}))),
     }
-    return _search(model, train, rounds, rewind, folder, asked, start)
+    if named != "large_final":
+        asked |= {"criterion": named, "seed": seed}
+    return _search(model, train, rounds, rewind, folder, asked, start, criteria.get(criterion))
 
 
 def _search(
@@ -236,71 +311,75 @@ def _search(
     folder: Path | None,
     asked: dict[str, Any],
     start: dict[str, Tensor],
+    criterion: criteria.Criterion,
 ) -> Iterator[Ticket]:
     modules = dict(model.named_modules())
-    install([(modules[n], torch.ones_like(cast(Tensor, modules[n].weight), dtype=torch.bool)) for n in asked["rates"]])
+    whole = {n: torch.ones_like(cast(Tensor, modules[n].weight), dtype=torch.bool) for n in asked["rates"]}
+    ticket = Ticket(0, rewind, whole, start, config=asked)
+    dense = 0  # steps of the dense training
     for index in range(rounds + 1):
-        path = None if folder is None else folder / f"round-{index:02d}.safetensors"
-        ticket = None if path is None or not path.exists() else _stored(path, asked, index)
         if index:
-            _prune(model, asked["rates"], index)
-            _load(model, start)
-        if ticket is None:
-            ticket, start = _train(model, train, index, rewind, start, asked)
+            ticket = ticket.pruned(asked["rates"], criterion, asked.get("seed", 0))
+        path = None if folder is None else folder / f"round-{index:02d}.safetensors"
+        if path is not None and path.exists():
+            ticket = _stored(path, asked, index)
+            ticket.apply_(model)
+            _load(model, ticket.final)  # as if it had been trained just now
+        else:
+            ticket.apply_(model)
+            ticket, steps = _train(model, train, ticket)
+            if index == 0:
+                dense = steps
+            elif dense > rewind and steps == 0:
+                raise ValueError(
+                    f"train: round {index} called after_step() not once, round 0 {dense} times; "
+                    "does it read an iterator that has come to its end?"
+                )
             if path is not None:
                 ticket.save(path)
-        else:  # as if it had been trained just now
-            start = ticket.start
-            ticket.apply_(model)
-            _load(model, ticket.final)
         yield ticket
 
 
-def _train(
-    model: nn.Module, train: Train, index: int, rewind: int, start: dict[str, Tensor], asked: dict[str, Any]
-) -> tuple[Ticket, dict[str, Tensor]]:
-    """The ticket after training, and the weights that later ones start from."""
+def _train(model: nn.Module, train: Train, ticket: Ticket) -> tuple[Ticket, int]:
+    """The ticket after training, and the number of steps; of the dense one, `start` is what later ones start from."""
     steps = 0
-    taken = start
+    taken = ticket.start
 
     def after_step() -> None:
         nonlocal steps, taken
         steps += 1
-        if index == 0 and steps == rewind:
+        if ticket.round == 0 and steps == ticket.step:
             taken = _state(model)
 
-    kept = {name: masks(model)[name].clone() for name in asked["rates"]}
-    result = train(model, rewind if index else 0, after_step)
-    if index == 0 and steps < rewind:
-        raise ValueError(f"train: expected at least rewind={rewind} calls of after_step(), got {steps}")
-    for name in asked["rates"]:
+    result = train(model, ticket.step if ticket.round else 0, after_step)
+    if ticket.round == 0 and steps < ticket.step:
+        raise ValueError(f"train: expected at least rewind={ticket.step} calls of after_step(), got {steps}")
+    for name in ticket.masks:
         check_weight(name, model.get_submodule(name))
+    final = _state(model)
+    for name, value in final.items():
+        if bool(value.isnan().any()):
+            raise ValueError(f"train: round {ticket.round} left NaN in {name!r}")
     result = json.loads(json.dumps(result))  # TypeError here, not when it is to be saved
-    return Ticket(index, rewind, kept, taken, _state(model), result, asked), taken
+    return replace(ticket, start=taken, final=final, result=result), steps
 
 
-def _prune(model: nn.Module, rates: Mapping[str, float], index: int) -> None:
-    """Masks for round `index` from the weights as they are now: 1 - (1 - rate)^index of each layer is gone then."""
-    config: dict[str, Magnitude | None] = {
-        _literal(name): Magnitude(1.0 - (1.0 - rate) ** index, allow_empty=False) for name, rate in rates.items()
-    }
-    prune_weights_(model, config)
+def _magnitude(weight: Tensor, kept: Tensor) -> Tensor:
+    """Scores for `largest`; -1 for what is masked already."""
+    score = weight.abs()
+    return torch.where(kept, score if score.dtype == torch.float64 else score.float(), -1)
 
 
 def _stored(path: Path, asked: dict[str, Any], index: int) -> Ticket:
     ticket = Ticket.load(path)
     if ticket.config != asked:
-        others = sorted(k for k in asked if ticket.config.get(k) != asked[k])
+        others = sorted(k for k in asked.keys() | ticket.config.keys() if ticket.config.get(k) != asked.get(k))
         raise ValueError(
             f"folder: {str(path)!r} is of another search (different: {', '.join(others)}); take another folder"
         )
     if ticket.round != index or not ticket.final:
         raise ValueError(f"folder: {str(path)!r} should hold the trained ticket of round {index}")
     return ticket
-
-
-def _literal(name: str) -> str:
-    return name.replace("[", "[[]")  # opens a set of characters in a glob
 
 
 def _plain(key: str) -> str | None:
@@ -340,6 +419,8 @@ def _check_fits(model: nn.Module, kept: Mapping[str, Tensor], start: Mapping[str
             raise ValueError(f"model: the ticket masks layer {name!r}, which is no Linear or Conv2d layer of the model")
         if tuple(mask.shape) != tuple(cast(Tensor, layer.weight).shape):
             raise ValueError(f"model: the ticket's mask for {name!r} has shape {tuple(mask.shape)}, not the weight's")
+        if mask.numel() and not bool(mask.any()):
+            raise ValueError(f"model: the ticket's mask keeps no weight of layer {name!r}; nothing would pass it")
     stray = [n for n, m in modules.items() if mask_of(m) is not None and n not in kept]
     if stray:
         raise ValueError(f"model: expected masks on no other layers than the ticket's, got {stray}")

@@ -97,11 +97,7 @@ def install(plan: list[tuple[nn.Module, Tensor]]) -> None:
             present = mask_of(layer)
             if present is None:
                 added.append(layer)
-                _own_class(layer)
-                # unsafe only leaves out running the mask to see that it keeps shape and dtype: a copy of the weight
-                parametrize.register_parametrization(layer, "weight", Mask(keep), unsafe=True)
-                if len(_all_of(layer)) == 1:
-                    cast(parametrize.ParametrizationList, _all_of(layer)).unsafe = False
+                attach(layer, Mask(keep))
             else:
                 replaced.append((present, present.mask.clone()))
                 present.mask.copy_(keep)
@@ -110,7 +106,7 @@ def install(plan: list[tuple[nn.Module, Tensor]]) -> None:
             if mask_of(layer) is None:
                 continue
             if len(_all_of(layer)) == 1:
-                _remove(layer, leave_parametrized=False)
+                detach(layer, keep=False)
             else:
                 del _all_of(layer)[-1]
         for present, keep in replaced:
@@ -134,10 +130,20 @@ def _own_class(layer: nn.Module) -> None:
         layer.__class__ = type(shared.__name__, shared.__bases__, members)
 
 
-def _remove(layer: nn.Module, *, leave_parametrized: bool) -> None:
-    """Makes `weight` a plain parameter again, the first of the layer as it was."""
+def attach(layer: nn.Module, parametrization: nn.Module) -> None:
+    """Puts a parametrization, which keeps shape and dtype, on the weight of a layer."""
     _own_class(layer)
-    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=leave_parametrized)
+    # unsafe only leaves out running it to see that it does keep them: a copy of the weight
+    parametrize.register_parametrization(layer, "weight", parametrization, unsafe=True)
+    if len(_all_of(layer)) == 1:
+        cast(parametrize.ParametrizationList, _all_of(layer)).unsafe = False
+
+
+def detach(layer: nn.Module, *, keep: bool) -> None:
+    """Makes `weight` a plain parameter again, the first of the layer as it was: with the values that it had under its
+    parametrizations, or (`keep` False) with those below them."""
+    _own_class(layer)
+    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=keep)
     parameters = layer._parameters
     others = {name: parameters.pop(name) for name in list(parameters) if name != "weight"}
     parameters.update(others)
@@ -172,7 +178,7 @@ def bake_(model: nn.Module) -> list[str]:
                 "with torch.nn.utils.parametrize.remove_parametrizations first"
             )
     for _, module in masked:
-        _remove(module, leave_parametrized=True)
+        detach(module, keep=True)
     return [name for name, _ in masked]
 
 

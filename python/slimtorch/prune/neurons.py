@@ -62,13 +62,16 @@ class Neurons:
         importance: "l1", "l2" (norm of a neuron's weights), "apoz" (how often it is not zero on `data`), "taylor"
             (on `data`, with `loss_fn`; "taylor2" and "snip" too), "batchnorm" (scale of the batch norm after it),
             "random", or any object with a method `neurons(model, groups, evidence)`.
-        scope: "layer" ranks within each layer; "global" ranks over all, each layer's scores divided by their mean.
+        scope: "layer" ranks within each layer; "global" ranks over all.
         seed: of "random".
         min_neurons: how many each layer keeps at least, >= 1.
         round_to: widths are rounded up to a multiple of this, >= 1 (vector units like 8 or 16).
         ignore: globs of names of layers whose neurons all stay.
         loss_fn: for "taylor", "taylor2" and "snip": `loss_fn(output, *targets) -> scalar`.
         batches: how many of `data` to read; None: all. Fewer than that is an error.
+        normalize: under "global", each layer's scores are divided by their mean first, since layers differ in scale.
+            False compares them as they are, like the one threshold of network slimming.
+        threshold: remove the neurons whose score is at most this, >= 0, instead of a share; `ratio` must then be 0.
 
     Raises:
         ValueError, TypeError: an argument is out of its range.
@@ -83,16 +86,29 @@ class Neurons:
     ignore: Sequence[str] = ()
     loss_fn: LossFn | None = None
     batches: int | None = None
+    normalize: bool = True
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         check_fraction("ratio", self.ratio)
         importances.get(self.importance)
         if self.scope not in ("layer", "global"):
             raise ValueError(f"scope: expected 'layer' or 'global', got {self.scope!r}")
+        if not isinstance(self.normalize, bool):
+            raise TypeError(f"normalize: expected True or False, got {self.normalize!r}")
+        if self.scope == "layer" and not self.normalize:
+            raise ValueError("normalize: False is for scope='global'; within one layer it changes no rank")
         for name, least in (("seed", 0), ("min_neurons", 1), ("round_to", 1)):
             check_count(name, getattr(self, name), least)
         if self.batches is not None:
             check_count("batches", self.batches, 1)
+        if self.threshold is not None:
+            if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
+                raise TypeError(f"threshold: expected a number >= 0, got {self.threshold!r}")
+            if not (self.threshold >= 0 and math.isfinite(self.threshold)):
+                raise ValueError(f"threshold: expected a finite number >= 0, got {self.threshold!r}")
+            if self.ratio != 0 or self.scope != "layer":
+                raise ValueError("threshold: expected ratio=0 and scope='layer' beside it: it alone says what goes")
         globs = (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore)
         if not all(isinstance(glob, str) for glob in globs):
             raise TypeError(f"ignore: expected globs of layer names, got {self.ignore!r}")
@@ -457,7 +473,7 @@ def _rank(trial: nn.Module, candidates: Sequence[_Candidate], data: Iterable[Any
         trial.zero_grad(set_to_none=True)
         _check_scores(scores, groups, config)
         means = [_unit_means(s.double().cpu(), candidates[i]) for i, s in zip(members, scores, strict=True)]
-        if config.scope == "global":
+        if config.scope == "global" and config.normalize:
             means = [m / m.mean() if float(m.mean()) > 0 else m for m in means]
         keeps = _keep(means, [candidates[i] for i in members], config)
         for i, keep in zip(members, keeps, strict=True):
@@ -472,7 +488,9 @@ def _unit_means(scores: Tensor, candidate: _Candidate) -> Tensor:
 
 def _keep(means: list[Tensor], candidates: Sequence[_Candidate], config: Neurons) -> list[Tensor]:
     """Which units stay, [units] bool per candidate."""
-    if config.scope == "layer":
+    if config.threshold is not None:
+        keeps = [m > config.threshold for m in means]
+    elif config.scope == "layer":
         keeps = [keep_largest(m, round(config.ratio * len(m))) for m in means]
     else:
         # what must stay is out of the ranking; the rest is ranked in one

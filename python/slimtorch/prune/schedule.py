@@ -266,8 +266,7 @@ def _weight(layer: nn.Module) -> Tensor:
 
 
 def _by_name(targets: Mapping[str, Magnitude]) -> dict[str, Magnitude | None]:
-    # names are taken literally: "[" opens a set of characters in a glob
-    return {name.replace("[", "[[]"): magnitude for name, magnitude in targets.items()}
+    return {_select.literal(name): magnitude for name, magnitude in targets.items()}
 
 
 def _among(targets: Mapping[str, Magnitude]) -> _select.FilterFn:

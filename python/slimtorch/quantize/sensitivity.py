@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many bits each layer needs, and which weights matter.
 
-each layer, each bit width, alone ──▶ loss of the model ──▶ least loss added per byte saved, until the budget holds
+each layer, each bit width, alone ──▶ loss of the model ──▶ least sum of losses added that the budget allows
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from slimtorch import _select
+from slimtorch._budget import least_loss
+from slimtorch._evaluate import Loss, Measure, finite, number_of
 from slimtorch.measure import eval_mode
 from slimtorch.packing import _Unit
 from slimtorch.prune.mask import mask_of
@@ -31,9 +33,6 @@ from slimtorch.quantize.kmeans import (
     weight_of,
 )
 from slimtorch.report import Table, format_bytes
-
-Loss = Callable[..., Tensor]
-Measure = Callable[[nn.Module], float] | tuple[Iterable[Any], Loss]
 
 
 def fisher(model: nn.Module, data: Iterable[Any], loss: Loss) -> dict[str, Tensor]:
@@ -170,9 +169,7 @@ def choose_bits(
     """Bits for each layer, so that all weights together fit a budget and the loss grows as little as possible.
 
     Each layer is clustered alone with each number of bits, and the loss of the model measured. What layers add to the
-    loss is taken to add up. Then, from the most bits on, the layer goes down that adds least loss for a byte saved,
-    along the lower convex hull of its (bytes, loss) points, until the budget holds: the choice that minimises
-    loss + λ · bytes for some λ.
+    loss is taken to add up; dynamic programming over the layers then finds the least sum within the budget.
 
     Args:
         model: with Linear and Conv2d layers; it is as before afterwards. Masks are respected.
@@ -207,13 +204,13 @@ def choose_bits(
     if isinstance(candidates, (str, int)) or len(candidates) == 0:
         raise ValueError(f"candidates: expected at least one number of bits, got {candidates!r}")
     variants = {bits: replace(own, bits=bits) for bits in sorted(set(candidates), reverse=True)}
-    loss_of = _loss_function(measure)
+    loss_of = number_of(measure)
     wanted = resolve(model, own, filter_fn)
     units, _ = plan_units(model, wanted)
     if not units:
         raise ValueError("model: expected a Linear or Conv2d layer that can be clustered, got none")
 
-    base = _finite(loss_of(model), "of the model as it is")
+    base = finite(loss_of(model), "of the model as it is")
     sizes: list[dict[int, int]] = []
     losses: list[dict[int, float]] = []
     for unit in units:
@@ -228,7 +225,7 @@ def choose_bits(
             with torch.no_grad():
                 clustered = build(weight, variant, masked=masked, importance=importance).to_dense()
             with _in_place_of(unit, clustered):
-                losses[-1][bits] = _finite(loss_of(model), f"with layer {name!r} at {bits} bits")
+                losses[-1][bits] = finite(loss_of(model), f"with layer {name!r} at {bits} bits")
     if budget_bytes is None:
         assert ratio is not None
         budget = sum(weight_of(u.members[0].module).numel() * u.members[0].twin.weight.element_size() for u in units)
@@ -244,83 +241,22 @@ def choose_bits(
         id(member.module): variants[bits] for unit, bits in zip(units, chosen, strict=True) for member in unit.members
     }
     configs: dict[str, ClusterConfig | None] = {
-        name.replace("[", "[[]"): by_module[id(module)] for name, module, _ in wanted if id(module) in by_module
+        _select.literal(name): by_module[id(module)] for name, module, _ in wanted if id(module) in by_module
     }
     return BitChoice(configs, layers, allowed, base)
 
 
 def fit_budget(sizes: Sequence[dict[int, int]], losses: Sequence[dict[int, float]], allowed: float) -> list[int]:
-    """The bits of each layer: down the convex hulls, steepest saving first, until the sum of sizes is allowed."""
-    hulls = [_hull(size, loss) for size, loss in zip(sizes, losses, strict=True)]
-    least = sum(size[hull[-1]] for size, hull in zip(sizes, hulls, strict=True))
+    """The bits of each layer: the least sum of losses whose sum of sizes is allowed."""
+    least = sum(min(size.values()) for size in sizes)
     if least > allowed:
         raise ValueError(f"budget: expected at least {least} bytes, what the fewest bits take, got {allowed:.0f}")
-    at = [0] * len(hulls)
-
-    def total() -> int:
-        return sum(size[hull[i]] for size, hull, i in zip(sizes, hulls, at, strict=True))
-
-    while total() > allowed:
-        best, cost = -1, math.inf
-        for index, (size, loss, hull) in enumerate(zip(sizes, losses, hulls, strict=True)):
-            if at[index] + 1 == len(hull):
-                continue
-            now, then = hull[at[index]], hull[at[index] + 1]
-            slope = (loss[then] - loss[now]) / (size[now] - size[then])
-            if slope < cost:
-                best, cost = index, slope
-        at[best] += 1
-    return [hull[i] for hull, i in zip(hulls, at, strict=True)]
-
-
-def _hull(size: dict[int, int], loss: dict[int, float]) -> list[int]:
-    """Bits on the lower convex hull of (bytes, loss), most bytes first; ends with the fewest bytes."""
-    points = sorted(size, key=lambda bits: (size[bits], loss[bits]))
-    kept: list[int] = []  # fewest bytes first
-    for bits in points:
-        if kept and size[bits] == size[kept[-1]]:
-            continue
-        while len(kept) >= 2:
-            a, b = kept[-2], kept[-1]
-            if (loss[b] - loss[a]) * (size[bits] - size[a]) >= (loss[bits] - loss[a]) * (size[b] - size[a]):
-                kept.pop()
-            else:
-                break
-        kept.append(bits)
-    # More bytes that do not lower the loss are never worth it.
-    while len(kept) >= 2 and loss[kept[-1]] >= loss[kept[-2]]:
-        kept.pop()
-    return kept[::-1]
-
-
-def _loss_function(measure: Measure) -> Callable[[nn.Module], float]:
-    if isinstance(measure, tuple):
-        if len(measure) != 2 or not callable(measure[1]):
-            raise TypeError("measure: expected a callable model -> loss or a pair (data, loss_fn)")
-        data, loss = measure
-        if isinstance(data, Iterator):
-            data = list(data)  # it is read many times
-
-        def run(model: nn.Module) -> float:
-            values: list[float] = []
-            with eval_mode(model), torch.no_grad():
-                for batch in data:
-                    inputs, *targets = batch if isinstance(batch, (tuple, list)) else (batch,)
-                    values.append(float(loss(model(inputs), *targets)))
-            if not values:
-                raise ValueError("measure: expected at least one batch, got none")
-            return sum(values) / len(values)
-
-        return run
-    if not callable(measure):
-        raise TypeError(f"measure: expected a callable model -> loss or a pair (data, loss_fn), got {measure!r}")
-    return lambda model: float(measure(model))
-
-
-def _finite(loss: float, where: str) -> float:
-    if not math.isfinite(loss):
-        raise ValueError(f"measure: expected a finite loss {where}, got {loss}")
-    return loss
+    chosen = least_loss(
+        [list(size.values()) for size in sizes],
+        [[loss[bits] for bits in size] for size, loss in zip(sizes, losses, strict=True)],
+        allowed,
+    )
+    return [list(size)[index] for size, index in zip(sizes, chosen, strict=True)]
 
 
 @contextmanager
