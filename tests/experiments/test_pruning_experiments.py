@@ -46,7 +46,8 @@ def check(module: Any, tiny: Any, data: Digits, tmp_path: Path, monkeypatch: pyt
 
 def test_importance(data: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("random", "snip-start", "magnitude", "path")
-    tiny = importance.Plan(2, (0.5, 0.9), (0.5,), names, ("apoz", "batchnorm"), (0.5, 0.95), epochs=0.6, tune_epochs=0.3)
+    neurons = ("apoz", "batchnorm")
+    tiny = importance.Plan(2, (0.5, 0.9), (0.5,), names, neurons, (0.5, 0.95), epochs=0.6, tune_epochs=0.3)
     found = check(importance, tiny, data, tmp_path, monkeypatch)
     assert set(found["weights"]["global"]) == set(names)
     for part in found["allocation"]["density"]:
