@@ -45,10 +45,9 @@ def check(module: Any, tiny: Any, data: Digits, tmp_path: Path, monkeypatch: pyt
 
 
 def test_importance(data: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = tuple(importance.WEIGHTS)
-    tiny = importance.Plan(
-        2, (0.5, 0.9), (0.5,), names, tuple(importance.NEURONS), (0.5, 0.95), epochs=0.6, tune_epochs=0.3
-    )
+    names = ("random", "snip-start", "magnitude", "path")
+    neurons = ("apoz", "batchnorm")
+    tiny = importance.Plan(2, (0.5, 0.9), (0.5,), names, neurons, (0.5, 0.95), epochs=0.6, tune_epochs=0.3)
     found = check(importance, tiny, data, tmp_path, monkeypatch)
     assert set(found["weights"]["global"]) == set(names)
     for part in found["allocation"]["density"]:
@@ -88,12 +87,12 @@ def test_a_trial_prunes_by_its_importance(data: Digits) -> None:
 
 
 def test_one_shot_vs_iterative(data: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = one_shot_vs_iterative.Plan(2, (0.5, 0.9), {"lenet300": 1}, {"lenet300": 6}, {"lenet300": 1e-3}, prunings=5)
+    tiny = one_shot_vs_iterative.Plan(2, (0.5, 0.9), {"lenet300": 1}, {"lenet300": 3}, {"lenet300": 1e-3}, prunings=5)
     found = check(one_shot_vs_iterative, tiny, data, tmp_path, monkeypatch)
     part = found["networks"]["lenet300"]
-    assert part["steps"] == 20
+    assert part["steps"] == 10
     assert len(part["test"]["cubic"]) == 2
-    assert len(part["curves"]["cubic"][0][0]) == len(part["curve_steps"]) == 21
+    assert len(part["curves"]["cubic"][0][0]) == len(part["curve_steps"]) == 11
 
 
 @pytest.mark.parametrize("steps", [7, 20, 467])

@@ -238,3 +238,46 @@ def test_bad_state(state: dict[str, Any]) -> None:
     pruner = Pruner(nn.Linear(2, 2), Magnitude(0.5), OneShot())
     with pytest.raises(ValueError, match="steps"):
         pruner.load_state_dict(state)
+
+
+def test_state_of_another_run() -> None:
+    def pruner(sparsity: float = 0.5, schedule: prune.Schedule | None = None) -> Pruner:
+        return Pruner(CASES["mlp"].model(), Magnitude(sparsity), schedule or Iterative((1, 3)))
+
+    kept = pruner()
+    kept.step()
+    state = kept.state_dict()
+    again = pruner()
+    again.load_state_dict(copy.deepcopy(state))
+    assert again.steps == 1
+    for other, what in ((pruner(0.6), "sparsity"), (pruner(schedule=Iterative((1, 4))), "schedule")):
+        with pytest.raises(ValueError, match=f"state: is of another run: expected {what}"):
+            other.load_state_dict(state)
+        assert other.steps == 0
+        other.load_state_dict({"steps": 2})  # the state of an older version says no more
+        assert other.steps == 2
+
+    class Mine:  # a schedule that is no dataclass: nothing to compare
+        last = 1
+
+        def due(self, step: int) -> bool:
+            return step == 1
+
+        def sparsity(self, step: int, final: float) -> float:
+            return final if step else 0.0
+
+    mine = pruner(schedule=Mine())
+    mine.load_state_dict(state)
+    assert mine.state_dict()["schedule"] is None
+
+
+def test_a_schedule_that_would_empty_a_layer_stops() -> None:
+    """The step before stays: model, masks and count are those of the last good pruning."""
+    model = CASES["mlp"].model()
+    pruner = Pruner(model, Magnitude(0.995, allow_empty=False), Iterative((0, 1)))
+    pruner.step()
+    before = {name: mask.clone() for name, mask in prune.masks(model).items()}
+    with pytest.raises(ValueError, match="would leave layer 'out' without weights"):
+        pruner.step()
+    assert pruner.steps == 1
+    assert all(torch.equal(mask, before[name]) for name, mask in prune.masks(model).items())

@@ -15,7 +15,7 @@ A schedule knows steps and shares only; `Pruner` draws the masks, from the weigh
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -247,15 +247,32 @@ class Pruner:
         return report
 
     def state_dict(self) -> dict[str, Any]:
-        """What must be kept beside the model's own state: the number of steps."""
-        return {"steps": self.steps}
+        """What must be kept beside the model's own state: the number of steps, and of what run they are."""
+        final = {name: magnitude.sparsity for name, magnitude in self._final.items()}
+        return {"steps": self.steps, "sparsity": final, "schedule": _told(self.schedule)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues where `state_dict()` was taken; ValueError where `state` is not such a state."""
+        """Continues where `state_dict()` was taken.
+
+        Raises:
+            ValueError: `state` is not such a state, or one of another schedule or of other final sparsities.
+        """
         steps = state.get("steps")
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
             raise ValueError(f"state: expected a dict with the number of 'steps', got {dict(state)!r}")
+        own = self.state_dict()
+        for key in ("sparsity", "schedule"):
+            if state.get(key) is not None and own[key] is not None and state[key] != own[key]:
+                raise ValueError(f"state: is of another run: expected {key} {own[key]!r}, got {state[key]!r}")
         self.steps = steps
+
+
+def _told(schedule: Schedule) -> dict[str, Any] | None:
+    """A schedule in plain values; None for one of a class whose values nobody knows."""
+    if not is_dataclass(schedule):
+        return None
+    values = {f.name: getattr(schedule, f.name) for f in fields(schedule)}
+    return {"kind": type(schedule).__name__, **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
 
 
 def _weight(layer: nn.Module) -> Tensor:
