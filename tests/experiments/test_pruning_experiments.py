@@ -88,7 +88,7 @@ def test_a_trial_prunes_by_its_importance(data: Digits) -> None:
 
 
 def test_one_shot_vs_iterative(data: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = one_shot_vs_iterative.Plan(2, (0.5, 0.9), {"lenet300": 1}, {"lenet300": 6}, prunings=5)
+    tiny = one_shot_vs_iterative.Plan(2, (0.5, 0.9), {"lenet300": 1}, {"lenet300": 6}, {"lenet300": 1e-3}, prunings=5)
     found = check(one_shot_vs_iterative, tiny, data, tmp_path, monkeypatch)
     part = found["networks"]["lenet300"]
     assert part["steps"] == 20

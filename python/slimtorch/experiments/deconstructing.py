@@ -72,7 +72,7 @@ class Plan:
         batch_size: images in a step.
         rate: of Adam.
         rounds: prunings.
-        linear, conv, output: shares of what is left that a round removes: of linear, of convolution layers, of the last.
+        linear, conv, output: shares of what is left that a round removes: of linear, convolution and the last layers.
     """
 
     seeds: int = 5
@@ -165,9 +165,8 @@ def run_action(config: Mapping[str, Any], data: Digits, needed: Sequence[Record]
     fresh = network(data, 500 + config["seed"]) if config["action"] == "reinit" else None
     for ticket in tickets(needed[0])[1:]:
         seed = 1000 * config["seed"] + ticket.round
-        deconstruct.mask_1(
-            ticket, config["action"], keep_sign=config["keep_sign"], seed=seed, fresh=fresh
-        ).apply_(model)  # fmt: skip
+        changed = deconstruct.mask_1(ticket, config["action"], keep_sign=config["keep_sign"], seed=seed, fresh=fresh)
+        changed.apply_(model)
         accuracy.append(train(model, data, config))
     return Record({"accuracy": accuracy})
 
@@ -217,7 +216,8 @@ def run(settings: Settings, out: Path, progress: Progress) -> Result:
     chosen = plan(settings)
     data, what = load(settings.data, settings.quick)
     wanted = trials(chosen)
-    records = run_all([t for group in wanted.values() for row in group.values() for t in row], data, out, settings, progress)
+    every = [trial for group in wanted.values() for row in group.values() for trial in row]
+    records = run_all(every, data, out, settings, progress)
     dense = [records[trial.name] for trial in wanted["criteria"]["large_final"]]
 
     def accuracies(row: list[Trial]) -> list[list[float]]:
@@ -232,9 +232,9 @@ def run(settings: Settings, out: Path, progress: Progress) -> Result:
         **{group: {name: accuracies(row) for name, row in rows.items()} for group, rows in wanted.items()},
     }  # fmt: skip
     lead = (
-        f"{found['network']} trained on {what}: pruned in rounds by one criterion or another, restarted from rewound, "
-        "reshuffled, newly drawn or constant weights, with what is pruned held at zero or where it began. Accuracies are "
-        "those of held-out images at the end of training."
+        f"{found['network']} trained on {what}: pruned in rounds by one criterion or another, restarted from "
+        "rewound, reshuffled, newly drawn or constant weights, with what is pruned held at zero or where it began. "
+        "Accuracies are those of held-out images at the end of training."
     )
     return Result("Deconstructing lottery tickets", lead, tables(found), figures(found), found)
 
@@ -305,7 +305,7 @@ def _figure(found: dict[str, Any], group: str) -> Figure:
 
 EXPERIMENT = Experiment(
     name="deconstructing",
-    about="what makes a lottery ticket: mask criteria, starting values and signs, frozen values",
+    about="what makes a lottery ticket: criteria, starting values, signs, zeros",
     paper="arXiv 1905.01067",
     config=lambda settings: asdict(plan(settings)),
     run=run,

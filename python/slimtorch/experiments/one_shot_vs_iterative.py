@@ -44,7 +44,7 @@ class Plan:
         epochs: of training before, by network.
         tune_epochs: of fine-tuning in all, pruning included, by network.
         rate: of Adam before.
-        tune_rate: of Adam afterwards, constant: the same.
+        tune_rate: of Adam afterwards, constant, by network.
         batch_size: images in a step.
         share: of the fine-tuning, after which the iterative and the cubic schedule prune no more.
         rounds: of the iterative schedule, evenly spaced.
@@ -55,8 +55,8 @@ class Plan:
     levels: tuple[float, ...]
     epochs: Mapping[str, float]
     tune_epochs: Mapping[str, float]
+    tune_rate: Mapping[str, float]
     rate: float = 1.2e-3
-    tune_rate: float = 1.2e-3
     batch_size: int = 60
     share: float = 0.6
     rounds: int = 5
@@ -66,9 +66,10 @@ class Plan:
 def plan(settings: Settings) -> Plan:
     """The numbers of a quick or a full run."""
     if settings.quick:
-        return Plan(settings.seeds or 2, (0.9, 0.98), {"lenet300": 6}, {"lenet300": 6})
+        return Plan(settings.seeds or 2, (0.9, 0.98), {"lenet300": 6}, {"lenet300": 6}, {"lenet300": 1.2e-3})
     levels = (0.9, 0.95, 0.98, 0.99)
-    return Plan(settings.seeds or 5, levels, {"lenet300": 8, "lenet5": 3}, {"lenet300": 6, "lenet5": 2})
+    rates = {"lenet300": 1.2e-3, "lenet5": 3e-4}
+    return Plan(settings.seeds or 5, levels, {"lenet300": 8, "lenet5": 3}, {"lenet300": 6, "lenet5": 2}, rates)
 
 
 def _schedule(name: str, steps: int, config: Mapping[str, Any]) -> Schedule:
@@ -105,6 +106,13 @@ def _prune(config: Mapping[str, Any], data: Digits, needed: Sequence[Record]) ->
     })  # fmt: skip
 
 
+def _continue(config: Mapping[str, Any], data: Digits, needed: Sequence[Record]) -> Record:
+    """The control: nothing is pruned, and as many steps follow."""
+    model = restore(config["network"], needed[0])
+    train_on(model, data, config, steps=steps_of(config["tune_epochs"], data, config["batch_size"]))
+    return Record({"test": evaluate(model, data.test)[1]})
+
+
 def trials(chosen: Plan) -> list[Trial]:
     """All trials; those of one network and seed share the dense network that they begin with."""
     found = []
@@ -112,13 +120,13 @@ def trials(chosen: Plan) -> list[Trial]:
         for seed in range(chosen.seeds):
             base = {"version": VERSION, "network": network, "seed": seed, "batch_size": chosen.batch_size}
             dense = Trial(f"{network}-dense-seed{seed}", _dense, {**base, "epochs": epochs, "rate": chosen.rate})
-            found.append(dense)
+            tune = {**base, "tune_epochs": chosen.tune_epochs[network], "tune_rate": chosen.tune_rate[network]}
+            found += [dense, Trial(f"{network}-continued-seed{seed}", _continue, tune, (dense,))]
             for level in chosen.levels:
                 for schedule in SCHEDULES:
                     config = {
-                        **base, "level": level, "schedule": schedule, "tune_epochs": chosen.tune_epochs[network],
-                        "tune_rate": chosen.tune_rate, "share": chosen.share, "rounds": chosen.rounds,
-                        "prunings": chosen.prunings,
+                        **tune, "level": level, "schedule": schedule, "share": chosen.share,
+                        "rounds": chosen.rounds, "prunings": chosen.prunings,
                     }  # fmt: skip
                     found.append(Trial(f"{network}-{schedule}-{level:g}-seed{seed}", _prune, config, (dense,)))
     return found
@@ -140,6 +148,7 @@ def run(settings: Settings, out: Path, progress: Progress) -> Result:
         networks[network] = {
             "steps": steps_of(chosen.tune_epochs[network], data, chosen.batch_size),
             "dense": [records[f"{network}-dense-seed{s}"].result["test"] for s in seeds],
+            "continued": [records[f"{network}-continued-seed{s}"].result["test"] for s in seeds],
             "untrained": [of("one-shot", level, "untrained") for level in chosen.levels],
             "test": {name: [of(name, level, "test") for level in chosen.levels] for name in SCHEDULES},
             "curve_steps": of("one-shot", chosen.levels[0], "steps")[0],
@@ -167,7 +176,8 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
         rows += [[title, *(percent(x) for x in part["test"][name])] for name, title in SCHEDULES.items()]
         chosen, seeds = found["plan"], len(part["dense"])
         notes = [
-            f"dense: {percent(part['dense'])} %; mean ± standard deviation over {over_seeds(seeds)}, {found['data']}",
+            f"dense: {percent(part['dense'])} %, trained on for as many steps: {percent(part['continued'])} %",
+            f"mean ± standard deviation over {over_seeds(seeds)}, {found['data']}",
             f"{part['steps']} steps from the first pruning on in every row but the first; {chosen['rounds']} rounds, "
             f"or {chosen['prunings']} gradual steps, in the first {chosen['share']:.0%} of them",
         ]
@@ -197,6 +207,8 @@ def figures(found: Mapping[str, Any]) -> list[tuple[str, str, Figure]]:
         for name, title in SCHEDULES.items():
             band(axis, x, drawn[name], title, _COLORS[name], marker="o")
         axis.axhline(0, color="black", linewidth=1)
+        more = sum(part["continued"]) - sum(dense)
+        axis.axhline(100 * more / len(dense), color="black", linewidth=1, linestyle="--", label="dense, trained on")
         least = min(min(row) for rows in drawn.values() for row in rows)
         axis.set_ylim(least - 1, 1.5)  # what is not trained falls out of sight
         axis.set_xscale("log")
@@ -206,7 +218,7 @@ def figures(found: Mapping[str, Any]) -> list[tuple[str, str, Figure]]:
         axis.set_title(TITLES[network], fontsize=10)
         axis.set_xlabel("weights removed, %")
         axis.set_ylabel("test accuracy against dense, points")
-    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=5, frameon=False)
 
     shown = levels[-2:]
     way, panels = new_figure(len(shown))

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from slimtorch.prune.weight_agnostic.genome import ACTIVATIONS, Genome
+from slimtorch.prune.weight_agnostic.genome import Genome
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+# of ACTIVATIONS, in that order
 _SIGNS = ("lin", "step", "sin", "gau", "tanh", "sig", "inv", "abs", "relu", "cos")
 # ten colours that are told apart side by side; the sign in the node says the same for readers who cannot
 _COLORS = (
@@ -83,7 +84,7 @@ def draw(
             place = {"xytext": (-7, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
             axis.annotate(text, at[node], fontsize=8, **place)  # type: ignore[arg-type]
     crowded = max((int((level[first:last] == depth).sum()) for depth in range(1, int(level.max()))), default=0)
-    size, font = (15, 5.5) if crowded <= 16 else (10, 4)
+    size, font = (15, 5.5) if crowded <= 24 else (10, 4)
     for node in range(first, last):
         kind = int(genome.activations[node - first])
         axis.plot(*at[node], "o", color=_COLORS[kind], markeredgecolor="#333333", markersize=size, zorder=3)
@@ -95,11 +96,6 @@ def draw(
     axis.set_xlim(left - 0.35, float(level.max()) + 0.35)
     axis.set_ylim(-0.04, 1.04)
     axis.set_axis_off()
-
-
-def legend() -> list[tuple[str, str, str]]:
-    """(sign in the node, name, colour) of each activation."""
-    return list(zip(_SIGNS, ACTIVATIONS, _COLORS, strict=True))
 
 
 def _spread(count: int) -> np.ndarray:
