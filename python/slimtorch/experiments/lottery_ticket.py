@@ -386,13 +386,13 @@ def figures(found: Mapping[str, Any]) -> list[tuple[str, str, Figure]]:
     """Of the content of results.json: the paper's figures 1 and 4, and 3."""
     captions = [
         (
-            "lottery-ticket-levels",
+            "lottery-ticket-curve",
             "Early stop and test accuracy against weights that remain; dotted: the dense network. Bars: standard "
             "deviation over seeds. As figures 1 and 4 of the paper.",
             _levels,
         ),
         (
-            "lottery-ticket-curves",
+            "lottery-ticket-training",
             "Validation while training, mean over seeds: tickets, and the same masks over weights drawn anew (dashed). "
             "As figure 3 of the paper.",
             _courses,
