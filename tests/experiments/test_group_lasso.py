@@ -53,7 +53,7 @@ def test_runs_and_resumes(ran: Any) -> None:
     assert len(text) < 20_000
     stored = json.loads(text)  # tables and figures need nothing but the file
     assert [str(t) for t in tables(stored)] == [str(t) for t in first.tables]
-    assert [name for name, _, _ in group_lasso.figures(stored)] == ["lenet300-accuracy-latency", "lenet300-pixels"]
+    assert [name for name, _, _ in group_lasso.figures(stored)] == ["group-lasso-lenet300", "group-lasso-pixels"]
     rows = stored["networks"]["lenet300"]["rows"]
     assert [(r["method"], r["level"]) for r in rows[1:]] == [(m, v) for m, own in LEVELS.items() for v in own]
     for row in rows:

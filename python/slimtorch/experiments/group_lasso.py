@@ -482,14 +482,14 @@ def figures(found: Mapping[str, Any]) -> list[tuple[str, str, Figure]]:
             f"{network['title']}: test accuracy against measured time; up and to the left is better. Solid: magnitude, "
             "dashed: group lasso. Bars: standard deviation. Dotted: a point below dense."
         )
-        drawn.append((f"{name}-accuracy-latency", caption, _accuracy_latency(network)))
+        drawn.append((f"group-lasso-{name}", caption, _accuracy_latency(network)))
     maps = [row for row in found["networks"].get("lenet300", {"rows": []})["rows"] if "pixels" in row]
     if maps:
         caption = (
             "Pixels that the first layer of LeNet-300-100 still reads after group lasso on columns; black: "
             "in all seeds."
         )
-        drawn.append(("lenet300-pixels", caption, _pixels(maps)))
+        drawn.append(("group-lasso-pixels", caption, _pixels(maps)))
     return drawn
 
 
