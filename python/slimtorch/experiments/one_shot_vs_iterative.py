@@ -218,8 +218,8 @@ def figures(found: Mapping[str, Any]) -> list[tuple[str, str, Figure]]:
         axis.set_title(TITLES[network], fontsize=10)
         axis.set_xlabel("weights removed, %")
         axis.set_ylabel("test accuracy against dense, points")
-    wide = 3 if len(axes) == 1 else 5
-    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=wide, frameon=False)
+    handles, columns = axes[0].get_legend_handles_labels(), 3 if len(axes) == 1 else 5
+    figure.legend(*handles, fontsize=8, loc="outside lower center", ncols=columns, frameon=False)
 
     shown = levels[-2:]
     way, panels = new_figure(len(shown))
