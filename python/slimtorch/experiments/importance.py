@@ -110,7 +110,7 @@ class Plan:
     neurons: tuple[str, ...] = tuple(NEURONS)
     scan: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
     epochs: float = 6
-    tune_epochs: float = 1
+    tune_epochs: float = 5
     rate: float = 1.2e-3
     tune_rate: float = 1.2e-3
     batch_size: int = 60
