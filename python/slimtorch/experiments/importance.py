@@ -393,7 +393,7 @@ def figures(found: Mapping[str, Any]) -> list[tuple[str, str, Figure]]:
     caption = "Accuracy against the share removed, by importance. Bands: ± 1 sd over seeds."
     return [
         ("importance", caption, figure),
-        ("importance-sensitivity", "Each layer pruned alone, and how a budget of nonzeros is shared out by that.", second),
+        ("importance-sensitivity", "Each layer pruned alone, and how that shares out a budget of nonzeros.", second),
     ]
 
 
