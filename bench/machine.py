@@ -18,7 +18,7 @@ import torch
 import slimtorch
 from bench.sources import ROOT, digest
 from slimtorch import _C
-from slimtorch.experiments.store import write_atomically
+from slimtorch._files import write_atomically
 
 # Everything between a layer's call and its kernels: a change in any of these may change a time.
 _TIMED_SOURCE = ("csrc", "python/slimtorch/formats", "python/slimtorch/ops", "python/slimtorch/nn", "CMakeLists.txt")

@@ -329,8 +329,8 @@ def _save(
     lists: Sequence[tuple[str, Sequence[str]]],
     results: dict[str, Any],
 ) -> None:
+    from slimtorch._files import write_atomically
     from slimtorch.experiments import html, plots
-    from slimtorch.experiments.store import write_atomically
 
     out.mkdir(parents=True, exist_ok=True)
     for name, _, figure in figures:

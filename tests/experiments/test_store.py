@@ -4,7 +4,8 @@
 import numpy as np
 import pytest
 
-from slimtorch.experiments.store import Record, Store, digest, write_atomically
+from slimtorch._files import write_atomically
+from slimtorch.experiments.store import Record, Store, digest
 
 CONFIG = {"method": "blocks", "sparsity": 0.9}
 

@@ -21,11 +21,12 @@ import torch
 from torch import nn
 
 from slimtorch import storage
+from slimtorch._files import write_atomically
 from slimtorch.data import Digits, load
 from slimtorch.experiments import machine
 from slimtorch.experiments.catalogue import Experiment, Progress, Result, Settings
 from slimtorch.experiments.rivals import FROZEN, ONEDNN, TORCH, best_dense, dense_rivals
-from slimtorch.experiments.store import Record, write_atomically
+from slimtorch.experiments.store import Record
 from slimtorch.experiments.summary import over_seeds, percent
 from slimtorch.experiments.training import NETWORKS, TITLES, Batches, accuracy, train
 from slimtorch.experiments.trials import Trial, run_all

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from slimtorch.experiments.store import write_atomically
+from slimtorch._files import write_atomically
 from slimtorch.report import Table, format_cell
 
 _STYLE = """

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slimtorch._files import write_atomically
 from slimtorch.experiments.rivals import TORCH, best_dense
-from slimtorch.experiments.store import write_atomically
 from slimtorch.experiments.training import PRUNED, TITLES, Method
 
 if TYPE_CHECKING:

@@ -26,10 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtorch import _select
+from slimtorch._files import write_atomically
 from slimtorch.prune import criteria
 from slimtorch.prune.magnitude import CHUNK, check_count, check_fraction, check_weight, largest
 from slimtorch.prune.mask import MASKABLE, install, mask_of, masks
@@ -171,17 +169,7 @@ class Ticket:
         tensors = {f"{part}:{n}": t.contiguous() for part, held in parts.items() for n, t in held.items()}
         about = {"round": self.round, "step": self.step, "result": self.result, "config": self.config}
         data = safetensors.torch.save(tensors, {"ticket": json.dumps(about)})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            with suppress(FileNotFoundError):
-                temporary.unlink()
+        write_atomically(path, lambda temporary: temporary.write_bytes(data))
 
     @classmethod
     def load(cls, path: Path) -> Ticket:

@@ -18,7 +18,6 @@ import itertools
 import json
 import os
 import statistics
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 from slimtorch import _select
 from slimtorch._budget import least_loss
 from slimtorch._evaluate import Measure, finite, number_of
+from slimtorch._files import write_atomically
 from slimtorch._progress import shown
 from slimtorch.measure import _count_macs, eval_mode, interleave, split_inputs
 from slimtorch.prune._verb import prune_
@@ -381,15 +381,8 @@ class _Kept:
         self.state["found"].setdefault(name, {})[repr(level)] = [first, second]
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(self.state, file, indent=1)
-            os.replace(temporary, self.path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        text = json.dumps(self.state, indent=1)
+        write_atomically(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 # --- what layers take -------------------------------------------------------------------------------------------------

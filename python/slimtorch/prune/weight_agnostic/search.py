@@ -14,10 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slimtorch._files import write_atomically
 from slimtorch.prune.magnitude import check_count
 from slimtorch.prune.weight_agnostic.genome import Genome, add_connection, add_node, change_activation, start
 
@@ -323,15 +321,6 @@ def _load(path: Path, asked: Mapping[str, Any], generations: int) -> _State:
 
 def _write(path: Path, data: Mapping[str, Any]) -> None:
     """A crash leaves the old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     body = json.dumps(data, separators=(",", ":"))
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(hashlib.sha256(body.encode()).hexdigest() + "\n" + body)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(name)
+    text = hashlib.sha256(body.encode()).hexdigest() + "\n" + body
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
