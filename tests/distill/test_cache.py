@@ -87,7 +87,7 @@ def test_other_teacher_or_data(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a multiple of these batches"):
         TeacherCache.fill(tmp_path, teacher, batches(x, 5), len(x))
     other = Counted()
-    with pytest.raises(ValueError, match="teacher: .* holds logits of another one"):
+    with pytest.raises(ValueError, match=r"teacher: .* holds logits of another one"):
         TeacherCache.fill(tmp_path, other, batches(x), len(x))
     cache = TeacherCache.fill(tmp_path, teacher, batches(x), len(x))  # nothing of it was lost
     with pytest.raises(ValueError, match="another one"):
