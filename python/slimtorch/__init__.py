@@ -22,7 +22,7 @@ except ImportError as error:
         "build it with `pip install .` in the source tree, with the torch that runs it"
     ) from error
 
-from slimtorch import distill, formats, models, nn, ops, prune, quantize, reference, storage
+from slimtorch import design, distill, formats, models, nn, ops, prune, quantize, reference, storage
 from slimtorch.measure import Measurement, measure
 from slimtorch.packing import PackReport, pack_
 from slimtorch.prune import prune_
@@ -39,6 +39,7 @@ __all__ = [
     "__version__",
     "binarize_",
     "cluster_",
+    "design",
     "distill",
     "formats",
     "load",
