@@ -266,6 +266,7 @@ class _Place:
     report: ReplacedLayer
     before: _Form
     after: _Form
+    training: bool  # the flag of the dense layer, which races set aside
 
     def show(self, form: _Form) -> None:
         self.proposal.module.__class__ = form[0]
@@ -324,7 +325,7 @@ def replace_(
         # The parts take the flag too; the module itself gets its attributes below.
         new.train(module.training)
         before = (type(module), module.__dict__)
-        places.append(_Place(proposal, report, before, (type(new), replaced_attributes(module, new))))
+        places.append(_Place(proposal, report, before, (type(new), replaced_attributes(module, new)), module.training))
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     result = ReplaceReport(
         title, [reports[name] for name in sorted(reports, key=order.__getitem__)], objective,
@@ -461,7 +462,7 @@ def _settle(
         times = interleave({"before": runner(False), "after": runner(True)}, samples=_MODEL_SAMPLES, device=device)
         for place in kept:
             place.show(place.after)
-            place.proposal.module.train(place.before[1]["training"])
+            place.proposal.module.train(place.training)
             place.show(place.before)
         _, (before, after) = _judge([times["before"], times["after"]])
         if objective != "latency" or after <= before * (1 + _MODEL_TOLERANCE):
