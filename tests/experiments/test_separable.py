@@ -43,7 +43,8 @@ def small() -> Iterator[None]:
 
 real = dict(separable.BUILD)
 BASE = {"version": 0, "network": "resnet", "width": 8, "channels": 1, "seed": 0, "batch_size": 50, "rate": 2e-3}
-FITTED = {**BASE, "steps": 3, "kernels": 1, "start": "fitted", "temperature": 4.0, "soft": 0.9}
+START = {**BASE, "kernels": 1, "start": "fitted"}
+FITTED = {**BASE, "steps": 3, "kernels": 1, "temperature": 4.0, "soft": 0.9}
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +59,16 @@ def test_the_dense_network_comes_back(data: Digits, dense: Record) -> None:
 
 
 def test_a_trial_separates_and_trains_on(data: Digits, dense: Record) -> None:
-    found = separable.train_separable(FITTED, data, (dense,))
+    start = separable.separate(START, data, (dense,))
+    found = separable.train_separable(FITTED, data, (start, dense))
     model = separable.restore(BASE, found, 1)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, DepthwiseSeparableConv2d)}
     assert len(layers) == 2
     assert type(model[1]) is nn.Conv2d  # type: ignore[index]  # the first one stays
     assert evaluate(model, data.test)[1] == found.result["test"]
     assert found.result["macs"] < 0.6 * dense.result["macs"]
-    again = separable.train_separable(FITTED, data, (dense,))
+    assert found.result["before"] == start.result["test"]
+    again = separable.train_separable(FITTED, data, (start, dense))
     assert again.result == found.result
     # the start: fitted to the activations is nearer to the dense network than the weights alone, and random is far
     x, goal = data.test.images, separable.restore(BASE, dense).eval()(data.test.images)

@@ -125,11 +125,16 @@ def trials(chosen: Plan, channels: int, images: int) -> dict[tuple[str, str, int
             tune = {**base, "steps": tune_steps, "rate": chosen.tune_rate}
             made[network, "dense", seed] = first
             made[network, "trained on", seed] = Trial(f"{network}-trained-on-seed{seed}", train_on, tune, (first,))
+            starts: dict[tuple[int, str], Trial] = {}
             for row, (kernels, start, soft) in VARIANTS.items():
-                extra: dict[str, Any] = {"kernels": kernels, "start": start}
-                extra |= {"temperature": chosen.temperature, "soft": chosen.soft} if soft else {"soft": 0.0}
+                if (kernels, start) not in starts:
+                    extra: dict[str, Any] = {"kernels": kernels, "start": start, "rounds": ROUNDS, "images": FITTED}
+                    name = f"{network}-{kernels}-{start}-seed{seed}"
+                    starts[kernels, start] = Trial(name, separate, {**base, **extra}, (first,))
+                extra = {"kernels": kernels, "soft": chosen.soft if soft else 0.0, "temperature": chosen.temperature}
                 name = f"{network}-{row.replace(', ', '-').replace(' ', '-')}-seed{seed}"
-                made[network, row, seed] = Trial(name, train_separable, {**tune, **extra}, (first,))
+                needs = (starts[kernels, start], first)
+                made[network, row, seed] = Trial(name, train_separable, {**tune, **extra}, needs)
     return made
 
 
@@ -152,8 +157,8 @@ def train_on(config: Mapping[str, Any], data: Digits, needed: Sequence[Record]) 
     return Record({"test": evaluate(model, data.test)[1], "curve": curve})
 
 
-def train_separable(config: Mapping[str, Any], data: Digits, needed: Sequence[Record]) -> Record:
-    """Separated in one way, then trained on."""
+def separate(config: Mapping[str, Any], data: Digits, needed: Sequence[Record]) -> Record:
+    """The dense network separated in one way, not trained yet."""
     torch.manual_seed(7000 + config["seed"])
     model = restore(config, needed[0])
     separated_(model, config["kernels"], data if config["start"] == "fitted" else None)
@@ -161,11 +166,17 @@ def train_separable(config: Mapping[str, Any], data: Digits, needed: Sequence[Re
         for module in model.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)):
                 module.reset_parameters()
-    before = evaluate(model, data.test)[1]
-    curve = _fit(model, data, config, 100 + config["seed"], needed[0])
-    found = {"before": before, "test": evaluate(model, data.test)[1], "curve": curve, **_cost(model, data)}
+    return Record({"test": evaluate(model, data.test)[1]}, _arrays(model))
+
+
+def train_separable(config: Mapping[str, Any], data: Digits, needed: Sequence[Record]) -> Record:
+    """A separated network trained on, with or without the dense one's soft targets."""
+    start, dense = needed
+    model = restore(config, start, config["kernels"])
+    curve = _fit(model, data, config, 100 + config["seed"], dense)
+    found = {"before": start.result["test"], "test": evaluate(model, data.test)[1], "curve": curve}
     timed = config["seed"] == 0 and config["soft"]
-    return Record(found, _arrays(model) if timed else {})
+    return Record({**found, **_cost(model, data)}, _arrays(model) if timed else {})
 
 
 def separated_(model: nn.Module, kernels: int, data: Digits | None = None) -> None:
