@@ -226,8 +226,9 @@ def test_units_against_the_drawings() -> None:
     ghost = GhostConv2d(6, 7, 3, padding=1, ratio=3)
     own = F.conv2d(x, ghost.primary.weight, ghost.primary.bias, padding=1)
     assert ghost.cheap is not None
-    rest = F.conv2d(own, ghost.cheap.weight, ghost.cheap.bias, padding=1, groups=3)
-    assert torch.allclose(ghost(x), torch.cat([own, rest], 1)[:, :7], atol=1e-6)
+    weights, biases = ghost.cheap.weight.split(3), ghost.cheap.bias.split(3)  # type: ignore[union-attr]
+    rest = [F.conv2d(own, w, b, padding=1, groups=3) for w, b in zip(weights, biases, strict=True)]
+    assert torch.allclose(ghost(x), torch.cat([own, *rest], 1)[:, :7], atol=1e-6)
 
     shuffled = ShuffledGroupConv2d(6, 4, 3, groups=2)
     assert torch.equal(shuffled(x), nn.ChannelShuffle(2)(shuffled.conv(x)))
