@@ -4,6 +4,7 @@
     prune_      which weights, blocks or neurons to keep
     cluster_    weights that share few values
     binarize_   layers that train binary weights
+    factorize_  layers of low rank
     separate_   convolutions that become depthwise and 1x1
     pack_       each layer goes to the format that measured fastest, or stays dense
     save, load  one small file, which loads into a fresh dense model
@@ -24,7 +25,7 @@ except ImportError as error:
     ) from error
 
 from slimtorch import design, distill, formats, models, nn, ops, prune, quantize, reference, storage
-from slimtorch.design import separate_
+from slimtorch.design import factorize_, separate_
 from slimtorch.measure import Measurement, measure
 from slimtorch.packing import PackReport, pack_
 from slimtorch.prune import prune_
@@ -43,6 +44,7 @@ __all__ = [
     "cluster_",
     "design",
     "distill",
+    "factorize_",
     "formats",
     "load",
     "measure",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What convolutions really get: mean and second moment of the patches under their kernels.
+"""What layers really get: mean and second moment of their rows, or of the patches under their kernels.
 
 They are all that least squares needs: for weights W and W' the mean squared difference of the outputs is
 trace((W - W') S (W - W')ᵀ), S the second moment.
@@ -42,8 +42,13 @@ class Moments:
         return self.second - torch.outer(self.mean, self.mean)
 
 
-def patches(module: nn.Conv2d, x: Tensor) -> Tensor:
-    """[N, C, H, W] or [C, H, W] → [positions, in_channels · kernel height · width]; padded as the layer does."""
+def patches(module: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
+    """[N, C, H, W] or [C, H, W] → [positions, in_channels · kernel height · width]; padded as the layer does.
+
+    Of a linear layer [..., in_features] → [positions, in_features].
+    """
+    if isinstance(module, nn.Linear):
+        return x.reshape(-1, x.shape[-1])
     x = x if x.dim() == 4 else x.unsqueeze(0)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
@@ -51,12 +56,12 @@ def patches(module: nn.Conv2d, x: Tensor) -> Tensor:
     return F.unfold(x, kernel, dilation, 0, stride).transpose(1, 2).flatten(0, 1)
 
 
-def moments_of(model: nn.Module, layers: Sequence[tuple[str, nn.Conv2d]], data: Iterable[Any]) -> dict[str, Moments]:
-    """Moments of the inputs of convolutions by name; a layer that no batch reaches has none.
+def moments_of(model: nn.Module, layers: Sequence[tuple[str, nn.Linear | nn.Conv2d]], data: Iterable[Any]) -> dict[str, Moments]:
+    """Moments of the inputs of layers by name; a layer that no batch reaches has none.
 
     Args:
         model: run in eval mode, without gradients.
-        layers: convolutions of it without groups.
+        layers: linear layers of it, and convolutions without groups.
         data: batches `inputs` or `(inputs, *targets)`; gone through several times where the layers are large.
 
     Raises:
@@ -77,8 +82,8 @@ def moments_of(model: nn.Module, layers: Sequence[tuple[str, nn.Conv2d]], data: 
     return found
 
 
-def _groups(layers: Sequence[tuple[str, nn.Conv2d]]) -> list[list[tuple[str, nn.Conv2d]]]:
-    groups: list[list[tuple[str, nn.Conv2d]]] = []
+def _groups(layers: Sequence[tuple[str, nn.Linear | nn.Conv2d]]) -> list[list[tuple[str, nn.Linear | nn.Conv2d]]]:
+    groups: list[list[tuple[str, nn.Linear | nn.Conv2d]]] = []
     room = 0
     for name, module in layers:
         size = module.weight[0].numel() ** 2
@@ -90,10 +95,10 @@ def _groups(layers: Sequence[tuple[str, nn.Conv2d]]) -> list[list[tuple[str, nn.
     return groups
 
 
-def _one_pass(model: nn.Module, layers: Sequence[tuple[str, nn.Conv2d]], data: Iterable[Any]) -> dict[str, Moments]:
+def _one_pass(model: nn.Module, layers: Sequence[tuple[str, nn.Linear | nn.Conv2d]], data: Iterable[Any]) -> dict[str, Moments]:
     found: dict[str, Moments] = {}
 
-    def watch(name: str, module: nn.Conv2d) -> torch.utils.hooks.RemovableHandle:
+    def watch(name: str, module: nn.Linear | nn.Conv2d) -> torch.utils.hooks.RemovableHandle:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
             width = module.weight[0].numel()
@@ -101,8 +106,12 @@ def _one_pass(model: nn.Module, layers: Sequence[tuple[str, nn.Conv2d]], data: I
                 zeros = torch.zeros(width, width, dtype=torch.float64, device=x.device)
                 found[name] = Moments(zeros[0].clone(), zeros)
             own = found[name]
-            x = x if x.dim() == 4 else x.unsqueeze(0)
-            per_image = max(1, width * x.shape[2] * x.shape[3])
+            if isinstance(module, nn.Linear):
+                x = x.reshape(-1, width)
+                per_image = width
+            else:
+                x = x if x.dim() == 4 else x.unsqueeze(0)
+                per_image = max(1, width * x.shape[2] * x.shape[3])
             for part in x.split(max(1, _CHUNK // per_image)):
                 rows = patches(module, part).double()
                 own.mean += rows.sum(0)
