@@ -125,6 +125,10 @@ class DepthwiseSeparableConv2d(nn.Module):
             found.pointwise.weight.copy_(mix.transpose(1, 2).reshape(found.pointwise.weight.shape))
             if bias is not None:
                 cast(Tensor, found.pointwise.bias).copy_(bias)
+        for own in (found.depthwise.weight, found.pointwise.weight):
+            own.requires_grad_(module.weight.requires_grad)
+        if module.bias is not None:
+            cast(Tensor, found.pointwise.bias).requires_grad_(module.bias.requires_grad)
         return found.train(module.training)
 
     def to_dense(self) -> nn.Conv2d:
