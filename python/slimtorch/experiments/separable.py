@@ -345,7 +345,8 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
         chosen = found["plan"]
         notes = [
             f"MACs: of the dense network's {dense['macs'] / 1e6:.2f} M for an image. Before and after "
-            f"{chosen['tune_epochs']:g} epochs of training, the same for all rows but the first.",
+            f"{chosen['tune_epochs']:g} epoch{'' if chosen['tune_epochs'] == 1 else 's'} of training, the same for all "
+            "rows but the first.",
             "kernels: per input channel. distilled: soft targets of the dense network at temperature "
             f"{chosen['temperature']:g}.",
         ]
