@@ -455,23 +455,33 @@ def _cp(weight: Tensor, rank: int, rounds: int = 40) -> list[Tensor]:
     for index in range(2):  # channels start from the weight's own directions, as far as there are any
         own = torch.linalg.svd(weight.movedim(index, 0).flatten(1), full_matrices=False)[0][:, :rank]
         sides[index][:, : own.shape[1]] = own
+    rows = weight.flatten(1)
+    left = rows  # the weight with its outputs contracted, [in, height, width, rank], once they are fitted
     for _ in range(rounds):
         for index in range(4):
-            others = [side for i, side in enumerate(sides) if i != index]
             gram = torch.ones(rank, rank, dtype=weight.dtype, device=weight.device)
-            for side in others:
-                gram = gram * (side.T @ side)
+            for i, side in enumerate(sides):
+                if i != index:
+                    gram = gram * (side.T @ side)
             # A little ridge: without it components grow against one another (Lebedev et al., section 3.3).
             gram.diagonal().add_(1e-6 * gram.diagonal().mean().clamp_min(1e-300))
-            a, b, c = others
-            columns = (a[:, None, None] * b[None, :, None] * c[None, None]).flatten(0, 2)
-            pull = weight.movedim(index, 0).flatten(1) @ columns
-            sides[index] = torch.linalg.solve(gram, pull.T).T
-            if index != 3:
-                sides[index] = sides[index] / sides[index].norm(dim=0).clamp_min(1e-300)
-    norms = sides[3].norm(dim=0).clamp_min(1e-300)
-    sides = [side * norms.pow(0.25) for side in (*sides[:3], sides[3] / norms)]
-    out, c_in, down, across = sides
+            _, b, c, d = sides
+            if index == 0:
+                pull = rows @ (b[:, None, None] * c[None, :, None] * d[None, None]).flatten(0, 2)
+                sides[0] = torch.linalg.solve(gram, pull.T).T
+                left = (rows.T @ sides[0]).reshape(*weight.shape[1:], rank)
+                continue
+            if index == 1:
+                pull = (left * c[:, None] * d).sum((1, 2))
+            elif index == 2:
+                pull = (left * b[:, None, None] * d).sum((0, 2))
+            else:
+                pull = (left * b[:, None, None] * c[:, None]).sum((0, 1))
+            side = torch.linalg.solve(gram, pull.T).T
+            sides[index] = side if index == 3 else side / side.norm(dim=0).clamp_min(1e-300)
+    norms = [side.norm(dim=0).clamp_min(1e-300) for side in sides]
+    whole = (norms[0] * norms[1] * norms[2] * norms[3]).pow(0.25)  # the same norm in each, to train all alike
+    out, c_in, down, across = (side * (whole / norm) for side, norm in zip(sides, norms, strict=True))
     return [c_in.T[:, :, None, None], down.T[:, None, :, None], across.T[:, None, None, :], out[:, :, None, None]]
 
 
