@@ -4,7 +4,8 @@
     weight (and what the layer gets on data) ──▶ rank: by energy, size, or a budget of parameters, MACs or measured time
                                                    └──▶ factors ──▶ proposal ──▶ kept where it is faster or smaller
 
-Under a budget ranks are shared out over layers so that the sum of their relative squared errors is least.
+Under a budget ranks are shared out over layers so that the product of what they keep of the sums of squares is largest
+(Zhang et al., 1505.06798, section 3.3): no layer may starve, as it could where errors are added up.
 """
 
 from __future__ import annotations
@@ -336,7 +337,7 @@ def _error(subject: _Subject, rank: Rank) -> float:
 
 
 def _share_out(subjects: Sequence[_Subject], config: LowRank, inputs: Mapping[int, Any], device: torch.device) -> None:
-    """Sets the ranks so that the sum of relative errors is least within the budget."""
+    """Sets the ranks so that the layers together keep as much as the budget allows."""
     budget = cast(str, config.budget)
     names, costs, losses, ranks = [], [], [], []
     for subject in shown(subjects, f"ranks by {budget}"):
@@ -405,13 +406,13 @@ def _costs(
 
 
 def _losses(subject: _Subject, options: Sequence[Rank]) -> list[float]:
-    """Relative squared error of each rank."""
+    """Minus the logarithm of what each rank keeps of the sum of squares: their product over layers is to be largest."""
     if subject.kind == "cp":
-        return [_error(subject, rank) for rank in options]
-    left = [1 - shares.cumsum(0) for shares in spectrum(subject.weight, subject.kind, subject.metric)]
+        return [-math.log(max(1e-12, 1 - _error(subject, rank))) for rank in options]
+    kept = [shares.cumsum(0) for shares in spectrum(subject.weight, subject.kind, subject.metric)]
 
-    def loss(rank: Rank) -> float:  # of "tucker" the sum of both, which bounds the error
+    def loss(rank: Rank) -> float:  # of "tucker" the product of both
         each = rank if isinstance(rank, tuple) else (rank,)
-        return sum(max(0.0, float(rest[r - 1])) for rest, r in zip(left, each, strict=True))
+        return -sum(math.log(max(1e-12, float(own[r - 1]))) for own, r in zip(kept, each, strict=True))
 
     return [loss(rank) for rank in options]

@@ -318,7 +318,7 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
         epochs = found["plan"]["tune_epochs"][name]
         notes = [
             f"MACs: of the dense network's {dense['macs'][0] / 1e6:.2f} M for an image. SVD and CP: share of the weights of "
-            "the layers that are factorized; others: of their MACs, shared out for the least error.",
+            "the layers that are factorized; others: of their MACs, shared out by energy.",
             "weights: factors of the weights alone, not trained on; fitted: to the outputs on "
             f"{FITTED} training images; test: the latter after {epochs:g} epochs more, as the dense one trained on.",
         ]
