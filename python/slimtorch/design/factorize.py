@@ -22,6 +22,7 @@ from slimtorch import _select
 from slimtorch._budget import least_loss
 from slimtorch._progress import shown
 from slimtorch.design._checks import pair, positive
+from slimtorch.design._decompose import Kind, Rank, check_kind, composed, factors, full_rank, spectrum
 from slimtorch.design._moments import Moments, moments_of
 from slimtorch.design._replace import (
     Objective,
@@ -33,17 +34,7 @@ from slimtorch.design._replace import (
     obstacles,
     replace_,
 )
-from slimtorch.design.low_rank import (
-    Kind,
-    LowRankConv2d,
-    LowRankLinear,
-    Rank,
-    check_kind,
-    composed,
-    factors,
-    full_rank,
-    spectrum,
-)
+from slimtorch.design.low_rank import LowRankConv2d, LowRankLinear
 from slimtorch.measure import count_macs, device_of, eval_mode, interleave, split_inputs
 from slimtorch.packing import _capture, _judge, _plain_twin
 
@@ -64,8 +55,8 @@ class LowRank:
             linear layers and "channel", of the weight otherwise.
         rank: this one, or the full one where that is smaller; two numbers for "tucker".
         ratio: the largest rank with at most this share, in (0, 1), of each layer's weights.
-        parameters: a budget for all layers that the configuration is for: a share in (0, 1) of their weights, or a whole
-            number of them.
+        parameters: a budget for all layers that the configuration is for: a share in (0, 1) of their weights, or a
+            whole number of them.
         macs: the same of multiply-accumulates on the example inputs.
         latency: a share in (0, 1) of the layers' time on the example inputs, measured for each rank that is tried.
         kind: of convolutions, "channel", "spatial", "tucker" or "cp": see :mod:`slimtorch.design.low_rank`.
@@ -203,11 +194,9 @@ def factorize_(
     for name, module, own in chosen:
         if name not in reasons and isinstance(module, nn.Conv2d) and module.groups != 1:
             reasons[name] = "it has groups"
-        wants_two = isinstance(own.rank, tuple)
-        if wants_two != (own.kind == "tucker" and isinstance(module, nn.Conv2d)) and own.rank is not None:
-            if wants_two or name not in reasons:
-                number = "one number" if wants_two else "two numbers"
-                raise ValueError(f"rank: expected {number} for layer {name!r}, got {own.rank!r}")
+        two = own.kind == "tucker" and isinstance(module, nn.Conv2d)
+        if own.rank is not None and isinstance(own.rank, tuple) != two:
+            raise ValueError(f"rank: expected {'two numbers' if two else 'one'} for layer {name!r}, got {own.rank!r}")
     open_ = [(name, cast(Dense, module), own) for name, module, own in chosen if name not in reasons]
     moments = moments_of(model, [(name, module) for name, module, _ in open_], data) if data is not None else {}
     subjects = [_Subject(name, module, own, moments.get(name)) for name, module, own in open_]
@@ -359,8 +348,8 @@ def _share_out(subjects: Sequence[_Subject], config: LowRank, inputs: Mapping[in
     if least > allowed * (1 + 1e-12):
         unit = {"parameters": "weights", "macs": "MACs", "latency": "seconds"}[budget]
         raise ValueError(
-            f"{budget}: expected at least {least / dense:.3g} of the {dense:.4g} {unit} of these layers, the least that "
-            f"can be reached, got {allowed / dense:.3g}"
+            f"{budget}: expected at least {least / dense:.3g} of the {dense:.4g} {unit} of these layers, the least "
+            f"that can be reached, got {allowed / dense:.3g}"
         )
     for subject, choice, own in zip(names, least_loss(costs, losses, allowed), ranks, strict=True):
         subject.rank = own[choice]

@@ -3,9 +3,9 @@
 
 After Jaderberg et al., "Speeding up Convolutional Neural Networks with Low Rank Expansions" (1405.3866: 2.5x without a
 loss, 4.5x within a point), Zhang et al. (1505.06798: 4x on VGG-16, 0.3 points), Kim et al. (1511.06530, Tucker) and
-Lebedev et al. (1412.6553, CP). From one dense network per seed, every layer but the first and the last is factorized, by
-each kind at two shares of the MACs, from its weights or fitted to its activations; all are then trained on for equally
-few steps. Times are those of the fastest way to run each network, in turns with the dense one.
+Lebedev et al. (1412.6553, CP). From one dense network per seed, all layers but the first and the last are factorized by
+each kind at two shares of the MACs, from its weights or fitted to its activations; all are then trained on for few
+steps. Times are those of the fastest way to run each network, in turns with the dense one.
 """
 
 from __future__ import annotations
@@ -277,9 +277,9 @@ def run(settings: Settings, out: Path, progress: Progress) -> Result:
                 "time": times.result,
             }
     lead = (
-        f"Layers of low rank, at small scale: LeNet-300-100 and networks of the shape of VGG-16 and ResNet-20 on {words}; "
-        f"{over_seeds(chosen.seeds)}, mean ± standard deviation. Times are measured, of seed 0's networks, in turns with "
-        "the dense network. After arXiv 1405.3866, 1505.06798, 1511.06530 and 1412.6553."
+        f"Layers of low rank, at small scale: LeNet-300-100 and networks of the shape of VGG-16 and ResNet-20 on "
+        f"{words}; {over_seeds(chosen.seeds)}, mean ± standard deviation. Times are measured, of seed 0's networks, in "
+        "turns with the dense network. After arXiv 1405.3866, 1505.06798, 1511.06530 and 1412.6553."
     )
     return Result("Layers of low rank", lead, tables(found), figures(found), found)
 
@@ -317,8 +317,8 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
             rows.append([title, f"{_mean(cost['parameters']) / 1e3:.0f} K", left, *before, percent(own["test"])])
         epochs = found["plan"]["tune_epochs"][name]
         notes = [
-            f"MACs: of the dense network's {dense['macs'][0] / 1e6:.2f} M for an image. SVD and CP: share of the weights of "
-            "the layers that are factorized; others: of their MACs, shared out by energy.",
+            f"MACs: of the dense network's {dense['macs'][0] / 1e6:.2f} M for an image. SVD and CP: share of the "
+            "weights of the layers that are factorized; others: of their MACs, shared out by energy.",
             "weights: factors of the weights alone, not trained on; fitted: to the outputs on "
             f"{FITTED} training images; test: the latter after {epochs:g} epochs more, as the dense one trained on.",
         ]
@@ -409,10 +409,10 @@ def figures(found: Mapping[str, Any]) -> list[tuple[str, str, Figure]]:
             ("weights", "from weights, not trained", "#999999"), ("fitted", "fitted, not trained", "#56B4E9"),
             ("test", "fitted, trained on", "#0072B2"),
         )):  # fmt: skip
-            numbers = [mean_and_deviation([100 * v for v in network["rows"][row][key]]) for row in names]
+            heights = [mean_and_deviation([100 * v for v in network["rows"][row][key]]) for row in names]
             at = [index + 0.27 * (offset - 1) for index in range(len(names))]
             axis.bar(
-                at, [n["mean"] for n in numbers], 0.25, yerr=[n["std"] or 0.0 for n in numbers], label=label,
+                at, [n["mean"] for n in heights], 0.25, yerr=[n["std"] or 0.0 for n in heights], label=label,
                 color=color, capsize=2,
             )  # fmt: skip
         axis.axhline(100 * _mean(network["rows"]["dense"]["test"]), color="black", linewidth=1, label="dense")
