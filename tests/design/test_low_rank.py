@@ -37,7 +37,8 @@ def test_the_parts_compute_what_their_weight_does(kind: str, geometry: dict[str,
     torch.manual_seed(0)
     dense = conv(**geometry).double()
     layer = LowRankConv2d.from_dense(dense, RANKS[kind], kind)
-    assert layer.rank == RANKS[kind]
+    expected = RANKS[kind] if kind != "tucker" or geometry["kernel_size"] != 1 else (2, 2)  # a third adds nothing
+    assert layer.rank == expected
     for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "padding_mode"):
         assert getattr(layer, name) == getattr(dense, name)
     x = torch.randn(2, 6, 9, 10, dtype=torch.float64)
@@ -48,7 +49,7 @@ def test_the_parts_compute_what_their_weight_does(kind: str, geometry: dict[str,
         assert torch.equal(layer.bias, dense.bias)
     again = LowRankConv2d.from_geometry(layer.geometry(), dtype=torch.float64)
     again.load_state_dict(layer.state_dict())
-    assert torch.equal(again(x), layer(x))
+    torch.testing.assert_close(again(x), layer(x))
     assert again.geometry() == layer.geometry()
 
 

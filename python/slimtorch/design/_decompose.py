@@ -50,7 +50,8 @@ def factors(
 
     Args:
         weight: [out, in] or [out, in, height, width], float64.
-        rank: at most `full_rank`.
+        rank: at most `full_rank`; of "tucker", what one number has above the other times the kernel's taps adds nothing
+            and is left out.
         kind: of a convolution.
         metric: second moment (or covariance) of the rows or patches that the layer gets, [in, in] or
             [in · height · width, …]: the mean squared error of the outputs is then least (exactly for linear layers and
@@ -145,6 +146,8 @@ def _tucker(weight: Tensor, first: int, last: int, rounds: int = 5) -> list[Tens
     def leading(matrix: Tensor, rank: int) -> Tensor:
         return torch.linalg.svd(matrix, full_matrices=False)[0][:, :rank]
 
+    taps = weight.shape[2] * weight.shape[3]
+    first, last = min(first, last * taps), min(last, first * taps)
     out = leading(weight.flatten(1), last)
     inner = out
     for _ in range(rounds):

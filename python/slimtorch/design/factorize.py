@@ -242,7 +242,8 @@ def _propose(subject: _Subject) -> Proposal:
         replacement = LowRankLinear.of_factors(module, parts, bias)
     else:
         replacement = LowRankConv2d.of_factors(module, parts, kind, bias)
-    words = f"{'SVD' if isinstance(module, nn.Linear) else kind}, rank {_words(rank)}"
+    own = cast(Any, replacement).rank  # of "tucker" what adds nothing is left out
+    words = f"{'SVD' if isinstance(module, nn.Linear) else kind}, rank {_words(own)}"
     return Proposal(subject.name, module, replacement, words, error)
 
 
