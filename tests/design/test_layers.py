@@ -19,6 +19,8 @@ from slimtorch.design import (
     Fire,
     GhostConv2d,
     InvertedResidual,
+    LowRankConv2d,
+    LowRankLinear,
     ShuffledGroupConv2d,
     ShuffleUnit,
     channel_shuffle,
@@ -44,6 +46,27 @@ CASES: dict[str, Case] = {
         lambda: DepthwiseSeparableConv2d(4, 6, (3, 2), bias=False, multiplier=2, norm=True, **_A),
         4,
         lambda: costs.depthwise_separable(4, 6, (3, 2), SIZE, bias=False, multiplier=2, norm=True, **_A),
+    ),
+    "low-rank linear": (lambda: LowRankLinear(5, 3, 2), 0, lambda: costs.low_rank_linear(5, 3, 2)),
+    "channel": (
+        lambda: LowRankConv2d(4, 6, (3, 2), 2, kind="channel", **_A),
+        4,
+        lambda: costs.low_rank_conv2d(4, 6, (3, 2), SIZE, 2, kind="channel", **_A),
+    ),
+    "spatial": (
+        lambda: LowRankConv2d(4, 6, (3, 2), 2, kind="spatial", bias=False, **_A),
+        4,
+        lambda: costs.low_rank_conv2d(4, 6, (3, 2), SIZE, 2, kind="spatial", bias=False, **_A),
+    ),
+    "tucker": (
+        lambda: LowRankConv2d(4, 6, (3, 2), (2, 5), kind="tucker", **_A),
+        4,
+        lambda: costs.low_rank_conv2d(4, 6, (3, 2), SIZE, (2, 5), kind="tucker", **_A),
+    ),
+    "cp": (
+        lambda: LowRankConv2d(4, 6, (3, 2), 3, kind="cp", **_A),
+        4,
+        lambda: costs.low_rank_conv2d(4, 6, (3, 2), SIZE, 3, kind="cp", **_A),
     ),
     "shuffled": (
         lambda: ShuffledGroupConv2d(4, 6, (3, 2), groups=2, **_A),
@@ -81,7 +104,7 @@ CASES: dict[str, Case] = {
     "ghost, ratio 1": (lambda: GhostConv2d(4, 7, ratio=1), 4, lambda: costs.ghost(4, 7, 1, SIZE, ratio=1)),
 }
 IMAGES = [name for name, case in CASES.items() if case[1]]
-OWN = [name for name in IMAGES if name != "conv"]
+OWN = [name for name in IMAGES if name not in ("conv", "channel", "spatial", "tucker", "cp")]
 
 
 def inputs(channels: int, batch: int) -> Tensor:
@@ -226,8 +249,9 @@ def test_units_against_the_drawings() -> None:
     ghost = GhostConv2d(6, 7, 3, padding=1, ratio=3)
     own = F.conv2d(x, ghost.primary.weight, ghost.primary.bias, padding=1)
     assert ghost.cheap is not None
-    rest = F.conv2d(own, ghost.cheap.weight, ghost.cheap.bias, padding=1, groups=3)
-    assert torch.allclose(ghost(x), torch.cat([own, rest], 1)[:, :7], atol=1e-6)
+    weights, biases = ghost.cheap.weight.split(3), ghost.cheap.bias.split(3)  # type: ignore[union-attr]
+    rest = [F.conv2d(own, w, b, padding=1, groups=3) for w, b in zip(weights, biases, strict=True)]
+    assert torch.allclose(ghost(x), torch.cat([own, *rest], 1)[:, :7], atol=1e-6)
 
     shuffled = ShuffledGroupConv2d(6, 4, 3, groups=2)
     assert torch.equal(shuffled(x), nn.ChannelShuffle(2)(shuffled.conv(x)))

@@ -88,6 +88,12 @@ def test_bare_layer() -> None:
     assert torch.allclose(layer(x), dense(x), atol=1e-5)
 
 
+def test_what_was_frozen_stays_frozen() -> None:
+    layer = nn.Conv2d(4, 6, 3).requires_grad_(False)
+    separate_(layer, Separable(), objective=None)
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+
+
 def test_energy_chooses_the_kernels() -> None:
     torch.manual_seed(0)
     layer = nn.Conv2d(4, 6, 3)

@@ -99,7 +99,7 @@ class Plan:
 
 
 FULL = Plan({"vgg": 16, "resnet": 16})
-QUICK = Plan({"vgg": 8, "resnet": 8}, seeds=2, epochs=5, tune_epochs=2, samples=7)
+QUICK = Plan({"vgg": 8}, seeds=2, epochs=5, tune_epochs=2, samples=7)
 
 
 def plan(settings: Settings) -> Plan:
@@ -345,7 +345,8 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
         chosen = found["plan"]
         notes = [
             f"MACs: of the dense network's {dense['macs'] / 1e6:.2f} M for an image. Before and after "
-            f"{chosen['tune_epochs']:g} epochs of training, the same for all rows but the first.",
+            f"{chosen['tune_epochs']:g} epoch{'' if chosen['tune_epochs'] == 1 else 's'} of training, the same for all "
+            "rows but the first.",
             "kernels: per input channel. distilled: soft targets of the dense network at temperature "
             f"{chosen['temperature']:g}.",
         ]
