@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 import slimtorch as slim
+from slimtorch.design import LowRank
 from slimtorch.nn import PackedLayer
 from slimtorch.storage._container import Reader
 from slimtorch.storage._encodings import TensorRecord, parse_tensors
@@ -68,6 +69,10 @@ def _conv() -> nn.Module:
     return nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2)
 
 
+def _replaceable() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3, bias=False), nn.Linear(2, 5))
+
+
 class _Tied(nn.Module):
     """Shared tensors, a batch norm, few distinct values, many zeros, dtypes of several widths."""
 
@@ -102,6 +107,10 @@ def corpus() -> list[Sample]:
     models.append(("sparse_wide", n.SparseLinear.from_dense(_masked(_wide(), 0.01)), _wide, (2, 700)))
     models.append(("skips", n.SparseCodebookLinear.from_dense(_masked(_wide(), 0.005), bits=2), _wide, (2, 700)))
     models.append(("dense", _Tied(), _Tied, (4, 12)))
+    replaced = _replaceable()
+    slim.factorize_(replaced, {"0": LowRank(rank=2, kind="cp"), "2": LowRank(rank=3)}, objective=None)
+    slim.separate_(replaced, objective=None)
+    models.append(("replaced", replaced, _replaceable, (1, 3, 6, 6)))
     samples = []
     for name, model, fresh, shape in models:
         for compress in (False, True):
@@ -126,7 +135,7 @@ def split(data: bytes) -> tuple[dict, bytes]:
     return json.loads(text if stored == length else zlib.decompress(text)), data[start + -start % 8 :]
 
 
-def join(text: bytes, sections: bytes, version: int = 1, length: int | None = None, deflate: bool = False) -> bytes:
+def join(text: bytes, sections: bytes, version: int = 2, length: int | None = None, deflate: bool = False) -> bytes:
     """A file of this header and these sections, its checksum right."""
     stored = zlib.compress(text) if deflate else text
     sizes = struct.pack("<II", len(stored), len(text) if length is None else length)

@@ -73,10 +73,10 @@ def prologue(version=1, checksum=0, stored=0, length=0, magic=b"\x89SLIM\r\n\x1a
         (b"PK\x03\x04" + bytes(60), "byte 0: this is no .slim file"),
         (b"\x89SLIM\r\n\x1a", "byte 8: the file ends within its first fields"),
         (prologue(magic=b"\x89SLIM\n\x1a\n"), "byte 0: this is no .slim file"),  # line ends converted on the way
-        (prologue(version=2), "byte 8: the file has version 2, this library reads up to 1: use a newer slimtorch"),
+        (prologue(version=3), "byte 8: the file has version 3, this library reads up to 2: use a newer slimtorch"),
         (prologue(version=0), "byte 8: expected a version from 1 on, got 0"),
         (prologue(stored=1 << 31, length=1 << 31), "byte 16: a header of 2147483648 bytes in a file of 24"),
-        (prologue(length=1 << 31), "byte 20: expected a header of 0 … 7"),
+        (prologue(length=1 << 31), "byte 20: expected a header of 0 … 88064"),
         (prologue(stored=4, length=4) + b"{}  ", "byte 12: the checksum of the header is wrong"),
         (join(b"[1]", b""), "header: expected an object, got list"),
         (join(b"{", b""), "header: not JSON: .* at character 1"),

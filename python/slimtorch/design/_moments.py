@@ -19,6 +19,8 @@ from slimtorch._progress import shown
 from slimtorch.measure import eval_mode
 from slimtorch.prune.importance import call, usable
 
+Dense = nn.Linear | nn.Conv2d
+
 _CHUNK = 2**23  # numbers in the patches that are made at once
 _TOGETHER = 2**26  # numbers in the moments that one pass over the data gathers: half a gigabyte
 
@@ -42,7 +44,7 @@ class Moments:
         return self.second - torch.outer(self.mean, self.mean)
 
 
-def patches(module: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
+def patches(module: Dense, x: Tensor) -> Tensor:
     """[N, C, H, W] or [C, H, W] → [positions, in_channels · kernel height · width]; padded as the layer does.
 
     Of a linear layer [..., in_features] → [positions, in_features].
@@ -56,7 +58,7 @@ def patches(module: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
     return F.unfold(x, kernel, dilation, 0, stride).transpose(1, 2).flatten(0, 1)
 
 
-def moments_of(model: nn.Module, layers: Sequence[tuple[str, nn.Linear | nn.Conv2d]], data: Iterable[Any]) -> dict[str, Moments]:
+def moments_of(model: nn.Module, layers: Sequence[tuple[str, Dense]], data: Iterable[Any]) -> dict[str, Moments]:
     """Moments of the inputs of layers by name; a layer that no batch reaches has none.
 
     Args:
@@ -82,8 +84,8 @@ def moments_of(model: nn.Module, layers: Sequence[tuple[str, nn.Linear | nn.Conv
     return found
 
 
-def _groups(layers: Sequence[tuple[str, nn.Linear | nn.Conv2d]]) -> list[list[tuple[str, nn.Linear | nn.Conv2d]]]:
-    groups: list[list[tuple[str, nn.Linear | nn.Conv2d]]] = []
+def _groups(layers: Sequence[tuple[str, Dense]]) -> list[list[tuple[str, Dense]]]:
+    groups: list[list[tuple[str, Dense]]] = []
     room = 0
     for name, module in layers:
         size = module.weight[0].numel() ** 2
@@ -95,10 +97,10 @@ def _groups(layers: Sequence[tuple[str, nn.Linear | nn.Conv2d]]) -> list[list[tu
     return groups
 
 
-def _one_pass(model: nn.Module, layers: Sequence[tuple[str, nn.Linear | nn.Conv2d]], data: Iterable[Any]) -> dict[str, Moments]:
+def _one_pass(model: nn.Module, layers: Sequence[tuple[str, Dense]], data: Iterable[Any]) -> dict[str, Moments]:
     found: dict[str, Moments] = {}
 
-    def watch(name: str, module: nn.Linear | nn.Conv2d) -> torch.utils.hooks.RemovableHandle:
+    def watch(name: str, module: Dense) -> torch.utils.hooks.RemovableHandle:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
             width = module.weight[0].numel()

@@ -159,20 +159,17 @@ class ReplaceReport:
             if layer.latency_before is not None and layer.latency_after is not None:
                 time = _change(layer.latency_before.median, layer.latency_after.median, format_seconds)
             proposed = bool(layer.what)
+            verdict = f"{'yes' if layer.replaced else 'no'}: {layer.reason}"
             rows.append([
                 layer.name or "(model)", layer.shape, layer.what or None,
-                _change(layer.parameters_before, layer.parameters_after if proposed else None),
-                _change(layer.macs_before, layer.macs_after), time,
-                None if layer.error is None else f"{layer.error:.1%}",
-                "yes" if layer.replaced else "no", layer.reason,
+                _change(layer.parameters_before, layer.parameters_after if proposed else None, _short),
+                _change(layer.macs_before, layer.macs_after, _short), time,
+                None if layer.error is None else f"{layer.error:.1%}", verdict,
             ])  # fmt: skip
         if rows:
-            whole = None
-            if self.latency_before is not None and self.latency_after is not None:
-                whole = _change(self.latency_before.median, self.latency_after.median, format_seconds)
             rows.append([
-                "whole model", "", "", _change(self.parameters_before, self.parameters_after),
-                _change(self.macs_before, self.macs_after), whole, "", "", "",
+                "whole model", "", "", _change(self.parameters_before, self.parameters_after, _short),
+                _change(self.macs_before, self.macs_after, _short), "", "", "",
             ])  # fmt: skip
         notes = [
             f"{len(self.replaced)} of {len(self.layers)} layers replaced; bytes: {format_bytes(self.bytes_before)} "
@@ -180,7 +177,7 @@ class ReplaceReport:
         ]
         if self.speedup is not None:
             notes.append(f"whole model: {self.latency_before} before, {self.latency_after} after: {self.speedup:.2f}x")
-        columns = ["layer", "weight", "proposed", "parameters", "MACs", "time", "error", "kept", "reason"]
+        columns = ["layer", "weight", "proposed", "parameters", "MACs", "time", "error", "kept"]
         shown = [i for i, name in enumerate(columns) if name not in ("MACs", "time", "error") or _any(rows, i)]
         rows = [[row[i] for i in shown] for row in rows]
         return Table(self.title, [columns[i] for i in shown], rows, [*notes, *self.notes])
@@ -200,6 +197,15 @@ def _change(before: float | None, after: float | None, form: Callable[[float], s
     if before is None:
         return None
     return form(before) if after is None else f"{form(before)} → {form(after)}"
+
+
+def _short(count: float) -> str:
+    """At most four digits: 448, 3.54 M."""
+    for scale, unit in ((1e9, "G"), (1e6, "M"), (1e4, "K")):
+        if count >= scale:
+            size = count / min(scale, 1e3 if unit == "K" else scale)
+            return f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
+    return format_number(int(count))
 
 
 def _any(rows: Sequence[Sequence[object]], column: int) -> bool:

@@ -4,7 +4,8 @@
     weight (and what the layer gets on data) ──▶ rank: by energy, size, or a budget of parameters, MACs or measured time
                                                    └──▶ factors ──▶ proposal ──▶ kept where it is faster or smaller
 
-Under a budget ranks are shared out over layers so that the sum of their relative squared errors is least.
+Under a budget ranks are shared out over layers so that the product of what they keep of the sums of squares is largest
+(Zhang et al., 1505.06798, section 3.3): no layer may starve, as it could where errors are added up.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from slimtorch import _select
 from slimtorch._budget import least_loss
 from slimtorch._progress import shown
 from slimtorch.design._checks import pair, positive
+from slimtorch.design._decompose import Kind, Rank, check_kind, composed, factors, full_rank, spectrum
 from slimtorch.design._moments import Moments, moments_of
 from slimtorch.design._replace import (
     Objective,
@@ -32,17 +34,7 @@ from slimtorch.design._replace import (
     obstacles,
     replace_,
 )
-from slimtorch.design.low_rank import (
-    Kind,
-    LowRankConv2d,
-    LowRankLinear,
-    Rank,
-    check_kind,
-    composed,
-    factors,
-    full_rank,
-    spectrum,
-)
+from slimtorch.design.low_rank import LowRankConv2d, LowRankLinear
 from slimtorch.measure import count_macs, device_of, eval_mode, interleave, split_inputs
 from slimtorch.packing import _capture, _judge, _plain_twin
 
@@ -63,8 +55,8 @@ class LowRank:
             linear layers and "channel", of the weight otherwise.
         rank: this one, or the full one where that is smaller; two numbers for "tucker".
         ratio: the largest rank with at most this share, in (0, 1), of each layer's weights.
-        parameters: a budget for all layers that the configuration is for: a share in (0, 1) of their weights, or a whole
-            number of them.
+        parameters: a budget for all layers that the configuration is for: a share in (0, 1) of their weights, or a
+            whole number of them.
         macs: the same of multiply-accumulates on the example inputs.
         latency: a share in (0, 1) of the layers' time on the example inputs, measured for each rank that is tried.
         kind: of convolutions, "channel", "spatial", "tucker" or "cp": see :mod:`slimtorch.design.low_rank`.
@@ -202,11 +194,9 @@ def factorize_(
     for name, module, own in chosen:
         if name not in reasons and isinstance(module, nn.Conv2d) and module.groups != 1:
             reasons[name] = "it has groups"
-        wants_two = isinstance(own.rank, tuple)
-        if wants_two != (own.kind == "tucker" and isinstance(module, nn.Conv2d)) and own.rank is not None:
-            if wants_two or name not in reasons:
-                number = "one number" if wants_two else "two numbers"
-                raise ValueError(f"rank: expected {number} for layer {name!r}, got {own.rank!r}")
+        two = own.kind == "tucker" and isinstance(module, nn.Conv2d)
+        if own.rank is not None and isinstance(own.rank, tuple) != two:
+            raise ValueError(f"rank: expected {'two numbers' if two else 'one'} for layer {name!r}, got {own.rank!r}")
     open_ = [(name, cast(Dense, module), own) for name, module, own in chosen if name not in reasons]
     moments = moments_of(model, [(name, module) for name, module, _ in open_], data) if data is not None else {}
     subjects = [_Subject(name, module, own, moments.get(name)) for name, module, own in open_]
@@ -252,7 +242,8 @@ def _propose(subject: _Subject) -> Proposal:
         replacement = LowRankLinear.of_factors(module, parts, bias)
     else:
         replacement = LowRankConv2d.of_factors(module, parts, kind, bias)
-    words = f"{'SVD' if isinstance(module, nn.Linear) else kind}, rank {_words(rank)}"
+    own = cast(Any, replacement).rank  # of "tucker" what adds nothing is left out
+    words = f"{'SVD' if isinstance(module, nn.Linear) else kind}, rank {_words(own)}"
     return Proposal(subject.name, module, replacement, words, error)
 
 
@@ -336,7 +327,7 @@ def _error(subject: _Subject, rank: Rank) -> float:
 
 
 def _share_out(subjects: Sequence[_Subject], config: LowRank, inputs: Mapping[int, Any], device: torch.device) -> None:
-    """Sets the ranks so that the sum of relative errors is least within the budget."""
+    """Sets the ranks so that the layers together keep as much as the budget allows."""
     budget = cast(str, config.budget)
     names, costs, losses, ranks = [], [], [], []
     for subject in shown(subjects, f"ranks by {budget}"):
@@ -358,8 +349,8 @@ def _share_out(subjects: Sequence[_Subject], config: LowRank, inputs: Mapping[in
     if least > allowed * (1 + 1e-12):
         unit = {"parameters": "weights", "macs": "MACs", "latency": "seconds"}[budget]
         raise ValueError(
-            f"{budget}: expected at least {least / dense:.3g} of the {dense:.4g} {unit} of these layers, the least that "
-            f"can be reached, got {allowed / dense:.3g}"
+            f"{budget}: expected at least {least / dense:.3g} of the {dense:.4g} {unit} of these layers, the least "
+            f"that can be reached, got {allowed / dense:.3g}"
         )
     for subject, choice, own in zip(names, least_loss(costs, losses, allowed), ranks, strict=True):
         subject.rank = own[choice]
@@ -405,13 +396,13 @@ def _costs(
 
 
 def _losses(subject: _Subject, options: Sequence[Rank]) -> list[float]:
-    """Relative squared error of each rank."""
+    """Minus the logarithm of what each rank keeps of the sum of squares: their product over layers is to be largest."""
     if subject.kind == "cp":
-        return [_error(subject, rank) for rank in options]
-    left = [1 - shares.cumsum(0) for shares in spectrum(subject.weight, subject.kind, subject.metric)]
+        return [-math.log(max(1e-12, 1 - _error(subject, rank))) for rank in options]
+    kept = [shares.cumsum(0) for shares in spectrum(subject.weight, subject.kind, subject.metric)]
 
-    def loss(rank: Rank) -> float:  # of "tucker" the sum of both, which bounds the error
+    def loss(rank: Rank) -> float:  # of "tucker" the product of both
         each = rank if isinstance(rank, tuple) else (rank,)
-        return sum(max(0.0, float(rest[r - 1])) for rest, r in zip(left, each, strict=True))
+        return -sum(math.log(max(1e-12, float(own[r - 1]))) for own, r in zip(kept, each, strict=True))
 
     return [loss(rank) for rank in options]

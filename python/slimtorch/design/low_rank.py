@@ -4,8 +4,8 @@
     linear     in ─▶ rank ─▶ out                        SVD
     channel    k×k to rank ─▶ 1×1                       SVD of [out, in · k · k]: Zhang et al., 1505.06798, section 3.1
     spatial    k×1 to rank ─▶ 1×k                       SVD of [in · k, out · k]: Jaderberg et al., 1405.3866, scheme 2
-    tucker     1×1 to r₁ ─▶ k×k to r₂ ─▶ 1×1            Tucker-2, by higher-order orthogonal iteration: Kim et al., 1511.06530
-    cp         1×1 to rank ─▶ k×1, 1×k, one per channel ─▶ 1×1     CP, by alternating least squares: Lebedev et al., 1412.6553
+    tucker     1×1 to r₁ ─▶ k×k to r₂ ─▶ 1×1            Tucker-2, by orthogonal iteration: Kim et al., 1511.06530
+    cp         1×1 to rank ─▶ k×1, 1×k depthwise ─▶ 1×1 CP, by alternating least squares: Lebedev et al., 1412.6553
 
 Only the last layer has a bias, so that zero padding in between pads what the dense layer would have padded.
 """
@@ -13,20 +13,18 @@ Only the last layer has a bias, so that zero padding in between pads what the de
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeVar, cast, get_args
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from slimtorch.design._checks import pair, positive
+from slimtorch.design._decompose import Rank, check_kind, composed, factors
 
-Kind = Literal["channel", "spatial", "tucker", "cp"]
-KINDS: tuple[str, ...] = get_args(Kind)
-Rank = int | tuple[int, int]
 Layer = TypeVar("Layer", bound=nn.Sequential)
 Twin = TypeVar("Twin", nn.Linear, nn.Conv2d)
 
-_AROUND = {"channel": (0, 0), "spatial": (0, 1), "tucker": (1, 1), "cp": (1, 2)}  # parts with the kernel's height, width
+_AROUND = {"channel": (0, 0), "spatial": (0, 1), "tucker": (1, 1), "cp": (1, 2)}  # parts of height and width
 
 
 class LowRankLinear(nn.Sequential):
@@ -83,7 +81,7 @@ class LowRankLinear(nn.Sequential):
     @property
     def weight(self) -> Tensor:
         """The dense weight that both make, [out_features, in_features]."""
-        return cast(Tensor, self[1].weight @ self[0].weight)
+        return cast(Tensor, self[1].weight) @ cast(Tensor, self[0].weight)
 
     def to_dense(self) -> nn.Linear:
         """One layer that computes the same."""
@@ -163,7 +161,8 @@ class LowRankConv2d(nn.Sequential):
                 edge[axis] = edges[axis]
             return nn.Conv2d(
                 c_in, c_out, cast(Any, tuple(size)), cast(Any, tuple(step)),
-                edges if isinstance(edges, str) else cast(Any, tuple(edge)), cast(Any, tuple(gap)), **{**around, **more},
+                edges if isinstance(edges, str) else cast(Any, tuple(edge)), cast(Any, tuple(gap)),
+                **{**around, **more},
             )  # fmt: skip
 
         end = nn.Conv2d(last, out_channels, 1, bias=bias, **made) if kind != "spatial" else None
@@ -196,7 +195,7 @@ class LowRankConv2d(nn.Sequential):
         layer = cls(
             module.in_channels, module.out_channels, module.kernel_size, rank, kind=kind, stride=module.stride,
             padding=cast(Any, module.padding), dilation=module.dilation, bias=module.bias is not None,
-            padding_mode=module.padding_mode, device="meta", dtype=module.weight.dtype,
+            padding_mode=str(module.padding_mode), device="meta", dtype=module.weight.dtype,
         )  # fmt: skip
         return _filled(layer, module, parts, bias)
 
@@ -253,7 +252,7 @@ class LowRankConv2d(nn.Sequential):
         """One layer that computes the same."""
         twin = nn.Conv2d(
             self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
-            bias=self.bias is not None, padding_mode=self.padding_mode, device="meta",
+            bias=self.bias is not None, padding_mode=cast(Any, self.padding_mode), device="meta",
         )  # fmt: skip
         return _dense(self, twin)
 
@@ -281,13 +280,6 @@ class LowRankConv2d(nn.Sequential):
         return f"{self.in_channels}, {self.out_channels}, {self.kind}, rank={self.rank}"
 
 
-def check_kind(kind: object) -> str:
-    """`kind`; ValueError where it is none of the four."""
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"kind: expected one of {', '.join(map(repr, KINDS))}, got {kind!r}")
-    return kind
-
-
 def _fields(geometry: Mapping[str, Any], names: Sequence[str]) -> None:
     if set(geometry) != set(names):
         raise ValueError(f"geometry: expected {', '.join(sorted(names))}, got {', '.join(sorted(geometry))}")
@@ -300,7 +292,8 @@ def _filled(layer: Layer, module: Any, parts: Sequence[Tensor], bias: Tensor | N
     """`layer`, made without memory, with these weights; device, dtype and flags of `module`."""
     own = cast(nn.Parameter, module.weight)
     for index, (place, weight) in enumerate(zip(layer, parts, strict=True)):
-        value = weight.to(own.device, own.dtype, copy=True).reshape(place.weight.shape).contiguous()
+        shape = cast(Tensor, place.weight).shape
+        value = weight.to(own.device, own.dtype, copy=True).reshape(shape).contiguous()
         place.weight = nn.Parameter(value, requires_grad=own.requires_grad)
         if module.bias is not None and index == len(parts) - 1:
             kept = module.bias if bias is None else bias
@@ -316,179 +309,3 @@ def _dense(layer: Any, twin: Twin) -> Twin:
     if layer.bias is not None:
         twin.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=layer.bias.requires_grad)
     return twin.train(layer.training)
-
-
-# --- decompositions ---------------------------------------------------------------------------------------------------
-
-
-def full_rank(shape: Sequence[int], kind: str = "channel") -> Rank:
-    """The rank from which on a weight of this shape, [out, in] or [out, in, height, width], is met exactly."""
-    out, c_in = shape[0], shape[1]
-    if len(shape) == 2:
-        return min(out, c_in)
-    height, width = shape[2], shape[3]
-    taps = height * width
-    if kind == "channel":
-        return min(out, c_in * taps)
-    if kind == "spatial":
-        return min(c_in * height, out * width)
-    if kind == "tucker":
-        return min(c_in, out * taps), min(out, c_in * taps)
-    return out * c_in * taps // max(out, c_in, height, width)
-
-
-def factors(
-    weight: Tensor, rank: int | Sequence[int], kind: str = "channel", metric: Tensor | None = None
-) -> list[Tensor]:
-    """Weights of the thin layers, in order.
-
-    Args:
-        weight: [out, in] or [out, in, height, width], float64.
-        rank: at most `full_rank`.
-        kind: of a convolution.
-        metric: second moment (or covariance) of the rows or patches that the layer gets, [in, in] or
-            [in · height · width, …]: the mean squared error of the outputs is then least (exactly for linear layers and
-            "channel": the outputs' principal components; for the others in the last layer, the rest coming from the
-            weight). None: that of the weight.
-
-    Raises:
-        ValueError: a rank out of range.
-    """
-    most = full_rank(weight.shape, kind)
-    given = pair(cast(Any, rank), "rank") if isinstance(most, tuple) else positive(rank, "rank")
-    over = any(a > b for a, b in zip(given, most, strict=True)) if isinstance(most, tuple) else cast(Any, given) > most
-    if over:
-        raise ValueError(f"rank: expected at most {most} for a weight of {tuple(weight.shape)}, got {given}")
-    if weight.dim() == 2 or kind == "channel":
-        return _channel(weight, cast(int, given), metric)
-    if kind == "spatial":
-        parts = _spatial(weight, cast(int, given))
-    elif kind == "tucker":
-        parts = _tucker(weight, *cast("tuple[int, int]", given))
-    else:
-        parts = _cp(weight, cast(int, given))
-    return parts if metric is None else _refit(weight, parts, kind, metric)
-
-
-def spectrum(weight: Tensor, kind: str = "channel", metric: Tensor | None = None) -> list[Tensor]:
-    """What each further rank adds to the sum of squares, descending, as shares; of "tucker" one for each of its two."""
-    if weight.dim() == 2 or kind == "channel":
-        rows = weight.flatten(1)
-        if metric is None:
-            squares = torch.linalg.svdvals(rows).square()
-        else:
-            squares = torch.linalg.eigvalsh(rows @ metric @ rows.T).flip(0).clamp_min(0)
-        return [_shares(squares[: cast(int, full_rank(weight.shape, kind))])]
-    if kind == "spatial":
-        return [_shares(torch.linalg.svdvals(weight.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)).square())]
-    if kind != "tucker":
-        raise ValueError(f"kind: {kind!r} has no spectrum")
-    sides = (weight.transpose(0, 1).flatten(1), weight.flatten(1))
-    return [_shares(torch.linalg.svdvals(side).square()) for side in sides]
-
-
-def _shares(squares: Tensor) -> Tensor:
-    return squares / squares.sum().clamp_min(1e-300)
-
-
-def composed(parts: Sequence[Tensor], kind: str) -> Tensor:
-    """[out, in, height, width]: the weight that the parts make together."""
-    if kind == "channel":
-        return torch.einsum("or,rihw->oihw", parts[1].flatten(1), parts[0])
-    if kind == "spatial":
-        return torch.einsum("orw,rih->oihw", parts[1].flatten(2), parts[0].flatten(2))
-    if kind == "tucker":
-        return torch.einsum("os,srhw,ri->oihw", parts[2].flatten(1), parts[1], parts[0].flatten(1))
-    first, down, across, last = (part.flatten(1) for part in parts)
-    inner = (first[:, :, None, None] * down[:, None, :, None] * across[:, None, None]).flatten(1)  # [r, i h w]
-    return (last @ inner).reshape(len(last), first.shape[1], down.shape[1], across.shape[1])
-
-
-def _channel(weight: Tensor, rank: int, metric: Tensor | None) -> list[Tensor]:
-    rows = weight.flatten(1)
-    if metric is None:
-        left, values, right = torch.linalg.svd(rows, full_matrices=False)
-        root = values[:rank].sqrt()
-        first, last = root[:, None] * right[:rank], left[:, :rank] * root
-    else:
-        last = torch.linalg.eigh(rows @ metric @ rows.T)[1].flip(1)[:, :rank]
-        first, last = _balanced(last.T @ rows, last)
-    if weight.dim() == 2:
-        return [first, last]
-    return [first.reshape(rank, *weight.shape[1:]), last[:, :, None, None]]
-
-
-def _balanced(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of `first` and columns of `last` of equal norms, so that neither is trained much faster."""
-    a, b = first.norm(dim=1), last.norm(dim=0)
-    scale = torch.where((a > 0) & (b > 0), (b / a.clamp_min(1e-300)).sqrt(), torch.ones_like(a))
-    return first * scale[:, None], last / scale
-
-
-def _spatial(weight: Tensor, rank: int) -> list[Tensor]:
-    out, c_in, height, width = weight.shape
-    matrix = weight.permute(1, 2, 0, 3).reshape(c_in * height, out * width)
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    root = values[:rank].sqrt()
-    down = (left[:, :rank] * root).T.reshape(rank, c_in, height, 1)
-    across = (root[:, None] * right[:rank]).reshape(rank, out, 1, width).transpose(0, 1)
-    return [down.contiguous(), across.contiguous()]
-
-
-def _tucker(weight: Tensor, first: int, last: int, rounds: int = 5) -> list[Tensor]:
-    def leading(matrix: Tensor, rank: int) -> Tensor:
-        return torch.linalg.svd(matrix, full_matrices=False)[0][:, :rank]
-
-    out = leading(weight.flatten(1), last)
-    inner = out
-    for _ in range(rounds):
-        inner = leading(torch.einsum("oihw,os->ishw", weight, out).flatten(1), first)
-        out = leading(torch.einsum("oihw,ir->orhw", weight, inner).flatten(1), last)
-    core = torch.einsum("oihw,os,ir->srhw", weight, out, inner)
-    return [inner.T[:, :, None, None], core, out[:, :, None, None]]
-
-
-def _cp(weight: Tensor, rank: int, rounds: int = 40) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    sides = [torch.randn(size, rank, generator=generator, dtype=torch.float64) for size in weight.shape]
-    sides = [side.to(weight.device) for side in sides]
-    for index in range(2):  # channels start from the weight's own directions, as far as there are any
-        own = torch.linalg.svd(weight.movedim(index, 0).flatten(1), full_matrices=False)[0][:, :rank]
-        sides[index][:, : own.shape[1]] = own
-    for _ in range(rounds):
-        for index in range(4):
-            others = [side for i, side in enumerate(sides) if i != index]
-            gram = torch.ones(rank, rank, dtype=weight.dtype, device=weight.device)
-            for side in others:
-                gram = gram * (side.T @ side)
-            # A little ridge: without it components grow against one another (Lebedev et al., section 3.3).
-            gram.diagonal().add_(1e-6 * gram.diagonal().mean().clamp_min(1e-300))
-            a, b, c = others
-            columns = (a[:, None, None] * b[None, :, None] * c[None, None]).flatten(0, 2)
-            pull = weight.movedim(index, 0).flatten(1) @ columns
-            sides[index] = torch.linalg.solve(gram, pull.T).T
-            if index != 3:
-                sides[index] = sides[index] / sides[index].norm(dim=0).clamp_min(1e-300)
-    norms = sides[3].norm(dim=0).clamp_min(1e-300)
-    sides = [side * norms.pow(0.25) for side in (*sides[:3], sides[3] / norms)]
-    out, c_in, down, across = sides
-    return [c_in.T[:, :, None, None], down.T[:, None, :, None], across.T[:, None, None, :], out[:, :, None, None]]
-
-
-def _refit(weight: Tensor, parts: list[Tensor], kind: str, metric: Tensor) -> list[Tensor]:
-    """The last part anew, by least squares of the outputs under `metric`."""
-    out, _, _, width = weight.shape
-    rank = parts[-1].shape[1]
-    if kind == "spatial":  # what comes out of the vertical part, seen from each place of the horizontal one
-        before = torch.zeros(rank, width, *weight.shape[1:], dtype=weight.dtype, device=weight.device)
-        for x in range(width):
-            before[:, x, :, :, x] = parts[0][:, :, :, 0]
-        before = before.flatten(2).flatten(0, 1)
-    else:
-        identity = torch.eye(rank, dtype=weight.dtype, device=weight.device)[:, :, None, None]
-        before = composed([*parts[:-1], identity], kind).flatten(1)
-    pulled = before @ metric
-    gram = pulled @ before.T
-    gram.diagonal().add_(1e-9 * gram.diagonal().mean().clamp_min(1e-300))
-    last = torch.linalg.solve(gram, pulled @ weight.flatten(1).T).T
-    return [*parts[:-1], last.reshape(parts[-1].shape)]

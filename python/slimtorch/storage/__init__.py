@@ -26,7 +26,7 @@ from slimtorch.storage._container import FormatError, Reader, take, write
 from slimtorch.storage._encodings import TensorRecord, TensorWriter, parse_tensors
 from slimtorch.storage._inspect import FileReport, LayerReport, TensorReport, examine
 from slimtorch.storage._model import Loader, describe, header_limit
-from slimtorch.storage._records import LayerRecord, parse_layers
+from slimtorch.storage._records import LayerRecord, parse_layers, version_of
 
 __all__ = ["FileReport", "FormatError", "LayerReport", "TensorReport", "inspect", "load", "save"]
 
@@ -36,7 +36,8 @@ Path = str | os.PathLike[str]
 def save(model: nn.Module, path: Path, *, compress: bool = True) -> int:
     """Write a model to one file: every parameter and persistent buffer, bit for bit.
 
-    Packed layers are stored in their formats, shared tensors once. Masks of :func:`slimtorch.prune_` become zeros in
+    Packed layers are stored in their formats, layers of :mod:`slimtorch.design` that stand in place of dense ones with
+    their geometry and their parts, shared tensors once. Masks of :func:`slimtorch.prune_` become zeros in
     the weights of the file; the model keeps them. A module with a method ``packed()`` is stored as the module that it
     returns. The file is written under another name and then renamed: whatever happens, ``path`` is the old file or the
     new one.
@@ -60,14 +61,16 @@ def save(model: nn.Module, path: Path, *, compress: bool = True) -> int:
     writer = TensorWriter(compress)
     layers = describe(model, writer)
     header = {"library": _C.version, "layers": layers, "tensors": writer.records}
-    return write(os.fspath(path), header, writer.sections, deflate=compress)
+    version = version_of(layers)
+    return write(os.fspath(path), header, writer.sections, deflate=compress, version=version)
 
 
 def load(path: Path, model: nn.Module) -> nn.Module:
     """Put a file into a fresh dense model of the class that was saved, in place.
 
-    Layers become the packed ones of the file (the same module objects), layers that have lost channels become
-    narrower, and all tensors are set bit for bit, with the dtypes of the file, on the devices of the model.
+    Layers become the packed, factorized or separated ones of the file (the same module objects), layers that have lost
+    channels become narrower, and all tensors are set bit for bit, with the dtypes of the file, on the devices of the
+    model.
 
     Args:
         path: of the file.
@@ -118,7 +121,7 @@ def _opened(path: Path, limit: int | None = None) -> Iterator[tuple[Reader, list
             reader = Reader(file) if limit is None else Reader(file, limit)
             _, layer_records, tensor_records = take(reader.header, "header", library=str, layers=list, tensors=list)
             tensors = parse_tensors(tensor_records)
-            layers = parse_layers(layer_records, tensors)
+            layers = parse_layers(layer_records, tensors, reader.version)
             sections = [section for tensor in tensors for section in tensor.sections()]
             reader.check_layout([section for section, _ in sections], [place for _, place in sections])
             yield reader, layers, tensors

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 MAGIC = b"\x89SLIM\r\n\x1a"
-VERSION = 1
+VERSION = 2  # of the newest files; a file has the least that it needs
 ALIGNMENT = 8
 PROLOGUE = struct.Struct("<8sIIII")
 HEADER_LIMIT = 16 << 20  # bytes; some 100,000 tensors
@@ -256,7 +256,9 @@ def _inflate(data: bytes, length: int) -> bytes:
 # --- writing ------------------------------------------------------------------------------------------------------
 
 
-def write(path: str, header: dict[str, Any], sections: SectionWriter, *, deflate: bool) -> int:
+def write(
+    path: str, header: dict[str, Any], sections: SectionWriter, *, deflate: bool, version: int = VERSION
+) -> int:
     """Write the file to a temporary name and rename it: ``path`` is the old file or the new one. Returns its size."""
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8")
     if len(text) > HEADER_LIMIT:
@@ -265,7 +267,7 @@ def write(path: str, header: dict[str, Any], sections: SectionWriter, *, deflate
     if len(stored) >= len(text):
         stored = text
     sizes = struct.pack("<II", len(stored), len(text))
-    start = struct.pack("<8sI", MAGIC, VERSION)
+    start = struct.pack("<8sI", MAGIC, version)
     checksum = zlib.crc32(stored, zlib.crc32(sizes, zlib.crc32(start)))
     head = start + struct.pack("<I", checksum) + sizes + stored
     parts = [head]

@@ -18,7 +18,7 @@ from slimtorch.formats.sparse_codebook import SKIP
 from slimtorch.report import Table, format_bytes
 from slimtorch.storage._container import Reader
 from slimtorch.storage._encodings import NAMES, TensorRecord, escape
-from slimtorch.storage._records import LayerRecord
+from slimtorch.storage._records import REPLACED, LayerRecord
 
 _DECODE_LIMIT = 1 << 28  # bytes of a tensor that is decoded to be looked at
 
@@ -55,7 +55,7 @@ class LayerReport:
     Attributes:
         name: in the model, "" for a bare layer.
         kind: "Linear" and so on.
-        format: of the weight.
+        format: of the weight; "replaced" where another layer, `kind`, stands in place of a dense one.
         shape: of the dense weight, or of the first tensor; None where there is none.
         density: stored weights over weights.
         bits: of a stored weight, without its position.
@@ -118,7 +118,8 @@ class FileReport:
                 layer.name or "(model)", layer.format if layer.format != "dense" else layer.kind,
                 "×".join(map(str, layer.shape)) if layer.shape else None, f"{layer.density:.1%}", layer.bits,
                 _bits(layer.index_entropy), _bits(layer.gap_entropy), format_bytes(layer.stored_bytes),
-                format_bytes(layer.dense_bytes), f"{layer.dense_bytes / max(1, layer.stored_bytes):.1f}x",
+                format_bytes(layer.dense_bytes),
+                f"{layer.dense_bytes / max(1, layer.stored_bytes):.1f}x" if layer.tensors else None,
                 " ".join(codings),
             ])  # fmt: skip
         rows.append([
@@ -177,7 +178,7 @@ def _layer(
     ]  # fmt: skip
     stored = sum(report.stored_bytes for report in reports)
     first = mine.get("weight") or next(iter(mine.values()), None)
-    if layer.format == "dense":
+    if layer.format in ("dense", REPLACED):
         dense = sum(4 * tensor.numel for number, tensor in _own(layer, tensors) if number not in seen)
         density, bits = 1.0, 0 if first is None else 8 * first.dtype.itemsize
         if first is not None and first.values is not None:

@@ -17,11 +17,26 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from slimtorch.design._replace import replaced_attributes
 from slimtorch.nn import PackedLayer
 from slimtorch.prune.mask import Mask
 from slimtorch.storage._container import HEADER_LIMIT, Reader, fail
 from slimtorch.storage._encodings import NAMES, TensorRecord, TensorWriter
-from slimtorch.storage._records import FAMILIES, KINDS, Geometry, LayerRecord, family_of, kind_of, options_of
+from slimtorch.storage._records import (
+    FAMILIES,
+    KINDS,
+    REPLACED,
+    REPLACEMENTS,
+    Geometry,
+    LayerRecord,
+    _jsonable,
+    family_of,
+    kind_of,
+    options_of,
+    stand_in,
+)
+
+_LARGER = 4  # how many times the numbers of a dense layer what stands in its place may hold
 
 _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
@@ -100,6 +115,9 @@ def _describe(name: str, module: nn.Module, writer: TensorWriter) -> dict[str, A
             f"model: layer {name!r} keeps state that is no tensor (get_extra_state); a file cannot hold it"
         )
     tensors = own_tensors(module)
+    if type(module) in REPLACEMENTS.values() and not tensors:
+        geometry = cast(Any, module).geometry()
+        return {"kind": type(module).__name__, "format": REPLACED, "geometry": geometry, "options": {}, "tensors": {}}
     kind = kind_of(module)
     record: dict[str, Any] = {
         "kind": type(module).__name__ if kind is None else kind.name,
@@ -164,6 +182,8 @@ def header_limit(model: nn.Module) -> int:
     size = 1 << 16
     for name, module in walk(model):
         size += 8 * len(name) + 2048 * (1 + len(module._parameters) + len(module._buffers))
+        if isinstance(module, (nn.Linear, nn.Conv2d)):  # four parts may stand in its place, each packed
+            size += 32 * len(name) + 16384
     return min(size, HEADER_LIMIT)
 
 
@@ -185,17 +205,18 @@ class Loader:
     tensors: Sequence[TensorRecord]
     _changes: list[_Change] = field(default_factory=list)
     _values: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
+    _stand_ins: dict[int, nn.Module] = field(default_factory=dict)  # id of a dense layer -> what takes its place
 
     def match(self) -> list[tuple[LayerRecord, nn.Module]]:
         """The layer of the model for each record, every one found to fit before anything is decoded."""
         targets: dict[str, nn.Module] = {}
-        for name, module in walk(self.model):
+        for name, module in self._walk():
             if parametrize.is_parametrized(module) or callable(getattr(module, "packed", None)):
                 raise ValueError(
                     f"model: expected a fresh dense model; layer {name!r} is a {type(module).__name__}, "
                     "set up for training"
                 )
-            if own_tensors(module):
+            if own_tensors(module) or type(module) in REPLACEMENTS.values():
                 targets[name] = module
         names = {layer.name for layer in self.layers}
         surplus = [layer.name for layer in self.layers if layer.name not in targets]
@@ -218,8 +239,47 @@ class Loader:
             pairs[id(module)] = (layer, module)
         return list(pairs.values())
 
+    def _walk(self) -> Iterator[tuple[str, nn.Module]]:
+        """The model's layers; after one that the file replaces, the parts of what takes its place."""
+        replaced = {layer.name: layer for layer in self.layers if layer.format == REPLACED}
+        for name, module in walk(self.model):
+            yield name, module
+            if name in replaced and type(module) not in REPLACEMENTS.values():
+                if id(module) not in self._stand_ins:
+                    self._stand_ins[id(module)] = self._stand_in(replaced[name], module)
+                yield from itertools.islice(_walk(self._stand_ins[id(module)], name, ()), 1, None)
+
+    def _stand_in(self, layer: LayerRecord, module: nn.Module) -> nn.Module:
+        """What the file has in place of a dense layer, found to fit there; its tensors have no values yet."""
+        place = f"{layer.place} ({layer.name!r})"
+        made = stand_in(layer.kind, layer.geometry, layer.place)
+        dense = REPLACEMENTS[layer.kind].replaces
+        if type(module) is not dense or "forward" in module.__dict__:
+            fail(place, f"the file has a {layer.kind} for a {dense.__name__}, the model a {type(module).__name__}")
+        kind = kind_of(module)
+        assert kind is not None
+        ours = kind.geometry(module)
+        if ours.pop("groups", 1) != 1:
+            fail(place, f"the file has a {layer.kind}, the model a layer with groups")
+        _fit_geometry(place, {name: _jsonable(getattr(made, name)) for name in ours}, ours, kind.sized)
+        if (cast(Any, made).bias is None) != (module.bias is None):
+            fail(place, f"of the {layer.kind} in the file and the layer in the model only one has a bias")
+        weight = cast(Tensor, module.weight)
+        if is_lazy(weight):
+            raise ValueError(f"model: the weight of {layer.name!r} has no shape yet; run the model once")
+        most = sum(parameter.numel() for parameter in module.parameters())
+        size = sum(tensor.numel() for tensor in (*made.parameters(), *made.buffers()))
+        if size > _LARGER * most + 64 * (weight.shape[0] + weight.shape[1]):
+            fail(place, f"a {layer.kind} of {size} numbers in place of {most}")
+        made = made.to_empty(device=weight.device).requires_grad_(weight.requires_grad)
+        return made.train(module.training)
+
     def _fit(self, layer: LayerRecord, module: nn.Module) -> None:
         place = f"{layer.place} ({layer.name!r})"
+        if layer.format == REPLACED:
+            if id(module) not in self._stand_ins and type(module) is not REPLACEMENTS[layer.kind]:
+                fail(place, f"the file has a {layer.kind}, the model a {type(module).__name__}")
+            return
         kind = kind_of(module)
         ours = type(module).__name__ if kind is None else kind.name
         if ours != layer.kind and (kind is not None or layer.kind in KINDS):
@@ -269,7 +329,11 @@ class Loader:
             decoded[number] = tensor.decode(reader, decoded)
         placed = _Placed(decoded, self._values)
         for layer, module in pairs:
-            if layer.format == "dense":
+            if layer.format == REPLACED:
+                made = self._stand_ins.get(id(module))
+                if made is not None:
+                    self._changes.append(_Change(module, type(made), replaced_attributes(module, made)))
+            elif layer.format == "dense":
                 self._changes.append(_dense_change(layer, module, placed))
             else:
                 self._changes.append(_packed_change(layer, module, decoded, placed))

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from slimtorch.design import DepthwiseSeparableConv2d, LowRankConv2d, LowRankLinear
 from slimtorch.formats import Binary, BlockSparse, Codebook, Format, Sparse, SparseCodebook
 from slimtorch.formats._bits import stream_bytes
 from slimtorch.formats._common import INDEX_LIMIT, matrix_shape
@@ -341,6 +342,29 @@ def options_of(layer: PackedLayer) -> dict[str, Any]:
     return options
 
 
+# --- layers in place of dense ones ------------------------------------------------------------------------------------
+
+REPLACED = "replaced"  # the format of their records, which have no tensors: those are in the records of the parts
+REPLACEMENTS: dict[str, Any] = {
+    kind.__name__: kind for kind in (LowRankLinear, LowRankConv2d, DepthwiseSeparableConv2d)
+}
+
+
+def stand_in(kind: str, geometry: Geometry, place: str) -> nn.Module:
+    """A layer of this geometry without memory; FormatError where there is none."""
+    if kind not in REPLACEMENTS:
+        fail(f"{place}.kind", f"expected {', '.join(REPLACEMENTS)}, got {kind!r:.40}")
+    try:
+        return cast(nn.Module, REPLACEMENTS[kind].from_geometry(geometry, device="meta"))
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        fail(f"{place}.geometry", str(error).splitlines()[0][:200] if str(error) else type(error).__name__)
+
+
+def version_of(layers: Sequence[Mapping[str, Any]]) -> int:
+    """The first version of the format that can say what these records do."""
+    return 2 if any(layer["format"] == REPLACED for layer in layers) else 1
+
+
 # --- records ------------------------------------------------------------------------------------------------------
 
 
@@ -351,9 +375,9 @@ class LayerRecord:
     Attributes:
         place: in the header, for messages.
         name: in the model, "" for a bare layer.
-        kind: a key of `KINDS`, or the name of some other class.
-        format: "dense" or a key of `FAMILIES`.
-        geometry: attributes of the kind.
+        kind: a key of `KINDS` or `REPLACEMENTS`, or the name of some other class.
+        format: "dense", a key of `FAMILIES`, or "replaced": a key of `REPLACEMENTS` in place of a dense layer.
+        geometry: attributes of the kind, or what its `from_geometry` takes.
         options: of the format.
         numbers: name of each tensor -> its number in the file.
     """
@@ -376,7 +400,7 @@ class LayerRecord:
         return FAMILIES.get(self.format)
 
     @classmethod
-    def parse(cls, record: Any, place: str, tensors: Sequence[TensorRecord]) -> LayerRecord:
+    def parse(cls, record: Any, place: str, tensors: Sequence[TensorRecord], version: int) -> LayerRecord:
         """Check one record, and its tensors against it."""
         name, kind, form, geometry, options, members = take(
             record, place, name=str, kind=str, format=str, geometry=dict, options=dict, tensors=dict
@@ -386,6 +410,13 @@ class LayerRecord:
         for key, number in members.items():
             if not 0 <= natural(number, f"{place}.tensors.{key}") < len(tensors):
                 fail(f"{place}.tensors.{key}", f"expected a number below {len(tensors)}, got {number}")
+        if form == REPLACED:
+            if version < 2:
+                fail(f"{place}.format", f"{form!r} is of version 2 of the format, the file has version {version}")
+            if options or members:
+                fail(place, "expected neither options nor tensors of a layer in place of a dense one")
+            stand_in(kind, geometry, place)
+            return own
         mine = {key: tensors[number] for key, number in members.items()}
         shapes = {} if known is None else _check_geometry(known, geometry, f"{place}.geometry")
         if known is None and geometry:
@@ -453,9 +484,9 @@ def _check_geometry(kind: Kind, geometry: Geometry, place: str) -> Shapes:
         fail(place, str(error).removeprefix("geometry: "))
 
 
-def parse_layers(records: Sequence[Any], tensors: Sequence[TensorRecord]) -> list[LayerRecord]:
+def parse_layers(records: Sequence[Any], tensors: Sequence[TensorRecord], version: int) -> list[LayerRecord]:
     """The layers of a header, each name once and no tensor without a layer."""
-    layers = [LayerRecord.parse(record, f"layers[{index}]", tensors) for index, record in enumerate(records)]
+    layers = [LayerRecord.parse(record, f"layers[{index}]", tensors, version) for index, record in enumerate(records)]
     names: set[str] = set()
     used: set[int] = set()
     for layer in layers:
