@@ -266,23 +266,21 @@ def test_exported_segments() -> None:
 
 
 def test_packed_layers_inside() -> None:
-    model = build(Entropy(0.5))
-    expected = model.run(X)
-    linear = dict(formats="sparse", min_gain=0.0, objective="size", time_budget=0.5)
-    reports = model.pack_(X, filter_fn=lambda module, name: isinstance(module, nn.Linear), **linear)
-    assert len(reports) == 3
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 64), nn.ReLU(), nn.Linear(64, 5))
+    model = EarlyExit(backbone, {"2": nn.Linear(1024, 5)}, MaxProbability(0.3)).eval()
     slim.prune_(model, slim.prune.Magnitude(sparsity=0.9))
     slim.prune.bake_(model)
     pruned = model.run(X)
-    reports = model.pack_(X, **linear)
+    assert 0 < int((pruned.exits == 0).sum()) < 40
+    reports = model.pack_(X, formats="sparse", min_gain=20.0, objective="size", time_budget=0.5)
+    assert len(reports) == 2
     kinds = {type(m).__name__ for m in model.modules()}
-    assert "SparseLinear" in kinds
-    assert "SparseConv2d" in kinds
+    assert kinds >= {"SparseLinear", "SparseConv2d"}
     packed = model.run(X)
     torch.testing.assert_close(packed.logits, pruned.logits)
     assert packed.exits.tolist() == pruned.exits.tolist()
-    assert int(packed.macs.max()) < int(expected.macs.max()) / 5
-    assert packed.logits.shape == expected.logits.shape
+    assert int(packed.macs.max()) < int(pruned.macs.max()) / 5
 
 
 def test_saved_and_loaded(tmp_path: Any) -> None:
@@ -376,7 +374,7 @@ def staged(criterion: Criterion) -> tuple[EarlyExit, Tensor, Tensor]:
     truth = (1 - 2 * labels).float()[:, None]
     noise = torch.randn(400, 3, generator=generator) * torch.tensor([1.2, 0.6, 0.0])
     backbone = [("a", nn.Identity()), ("b", nn.Identity()), ("c", Column(2))]
-    return EarlyExit(backbone, {"a": Column(0), "b": Column(1)}, criterion).eval(), truth + noise, labels
+    return EarlyExit(backbone, {"a": Column(0), "b": Column(1)}, criterion, margin=0.0).eval(), truth + noise, labels
 
 
 @pytest.mark.parametrize("criterion", [Entropy(), MaxProbability(), Learned(), Patience()], ids=lambda c: type(c).__name__)
@@ -396,10 +394,10 @@ def test_calibration(criterion: Criterion) -> None:
         share = np.bincount(run.exits.numpy(), minlength=3) / 400
         assert share.tolist() == pytest.approx(list(found.chosen.leaving))
         assert all(option.accuracy < goal for option in found.options if option.macs < found.chosen.macs)
-    found = model.calibrate_(iter(data), macs=2.2)
-    assert found.chosen.macs <= 2.2
-    assert all(option.accuracy <= found.chosen.accuracy for option in found.options if option.macs <= 2.2)
-    assert "leaving here" in str(found)
+    found = model.calibrate_(iter(data), macs=2.3)
+    assert found.chosen.macs <= 2.3
+    assert all(option.accuracy <= found.chosen.accuracy for option in found.options if option.macs <= 2.3)
+    assert "leaving" in str(found)
 
 
 def test_geometric_shares() -> None:
@@ -435,7 +433,7 @@ def test_goals_that_cannot_be_met() -> None:
         model.calibrate_([(x, labels)], accuracy=1.01)
     with pytest.raises(ValueError, match=r"accuracy: expected at most 0\.9\d+, the best of these exits"):
         model.calibrate_([(x, 1 - labels), (x, labels), *[(x, labels)] * 30], accuracy=0.999)
-    with pytest.raises(ValueError, match="macs: expected at least 1 per sample, the least of these exits, got 0"):
+    with pytest.raises(ValueError, match="macs: expected at least 1 per sample, the least of these exits, got 0.5"):
         model.calibrate_([(x, labels)], macs=0.5)
     assert model.criterion.thresholds == pytest.approx([0.4, 0.4])
     for options in ({}, {"accuracy": 0.9, "macs": 2}):

@@ -57,7 +57,7 @@ class Calibration:
             f"on {self.samples:,} validation samples: accuracy {self.chosen.accuracy:.2%}, "
             f"{self.chosen.macs:,.0f} MACs per sample"
         ]
-        return Table("Exits", ["exit", "threshold", "leaving here"], rows, notes)
+        return Table("Exits", ["exit", "threshold", "leaving"], rows, notes)
 
     def __str__(self) -> str:
         return str(self.table())
@@ -161,5 +161,5 @@ def _choose(
     cheap = [each for each in found if each[0].macs <= macs]
     if not cheap:
         least = min(option.macs for option, _ in found)
-        raise ValueError(f"macs: expected at least {least:,.0f} per sample, the least of these exits, got {macs:,.0f}")
+        raise ValueError(f"macs: expected at least {least:,.6g} per sample, the least of these exits, got {macs:,.6g}")
     return max(cheap, key=lambda each: (each[0].accuracy, -each[0].macs))
