@@ -8,7 +8,7 @@
 logit depend on the batch, and with them a decision that hangs on these bits. No margin added to a threshold mends that:
 it moves the place where decisions flip. Here a sample whose decision or answer is closer than the margin leaves the
 batch and is run again, alone, from the start. What comes out is what a batch of one gives, always: far from a threshold
-because rounding cannot reach it, close to one because it *was* a batch of one. Few samples are close, so it costs little.
+because rounding cannot reach it, close to one because it *was* a batch of one. Few samples are: it costs little.
 """
 
 from __future__ import annotations
