@@ -266,24 +266,53 @@ def test_exported_segments() -> None:
 
 
 def test_packed_layers_inside() -> None:
-    torch.manual_seed(0)
-    last = nn.Linear(64, 5)
-    backbone = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 64), nn.ReLU(), last)
-    model = EarlyExit(backbone, {"2": nn.Linear(1024, 5)}, MaxProbability(0.5)).eval()
-    with torch.no_grad():
-        model.heads[0].weight.mul_(20)  # type: ignore[operator,union-attr]
-    slim.prune_(model, slim.prune.Magnitude(sparsity=0.9))
+    model = build()
+    slim.prune_(model, slim.prune.Magnitude(sparsity=0.8))
     slim.prune.bake_(model)
+    first = model.all_exits(X)[0].detach().double().softmax(1)
+    model.criterion = Entropy(float(-(first * first.log()).sum(1).median()))
+    model.criterion.bind(2)
     pruned = model.run(X)
-    assert 0 < int((pruned.exits == 0).sum()) < 40
-    reports = model.pack_(X, formats="sparse", min_gain=20.0, objective="size", time_budget=0.5)
-    assert len(reports) == 2
-    kinds = {type(m).__name__ for m in model.modules()}
-    assert kinds >= {"SparseLinear", "SparseConv2d"}
+    assert 15 < int((pruned.exits == 0).sum()) < 25
+    kinds = {nn.Linear: slim.nn.SparseLinear, nn.Conv2d: slim.nn.SparseConv2d}
+    for stage in [*model.stages, *model.heads]:
+        for name, module in list(stage.named_children()):
+            if type(module) in kinds:
+                setattr(stage, name, kinds[type(module)].from_dense(module))
+    assert not any(type(module) in kinds for module in model.modules())
     packed = model.run(X)
     torch.testing.assert_close(packed.logits, pruned.logits)
     assert packed.exits.tolist() == pruned.exits.tolist()
-    assert int(packed.macs.max()) < int(pruned.macs.max()) / 5
+    assert int(packed.macs.max()) < int(pruned.macs.max()) / 3
+    rows = torch.export.Dim("rows", min=1, max=64)
+    program = torch.export.export(model.segments()[0], (X[:8],), dynamic_shapes=({0: rows},)).module()
+    torch.testing.assert_close(program(X)[1], model.all_exits(X)[0])
+
+
+def test_pack_sees_what_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    exits = model.run(X).exits
+    seen: list[int] = []
+
+    def record(segment: nn.Module, example_inputs: Any, **options: Any) -> str:
+        assert options == {"objective": "size"}
+        seen.append(len(example_inputs[0]))
+        return "report"
+
+    monkeypatch.setattr("slimtorch.dynamic.early_exit.pack_", record)
+    assert model.pack_(X, objective="size") == ["report"] * 3
+    assert seen == [40, int((exits >= 1).sum()), int((exits >= 2).sum())]
+    seen.clear()
+    model.criterion.cuts.fill_(-math.inf)
+    model.pack_(X, objective="size")
+    assert seen == [40, 1, 1]  # somebody has to
+
+
+def test_packing_as_a_whole() -> None:
+    model = build()
+    reports = model.pack_(X, time_budget=0.2)
+    assert [len(report.layers) for report in reports] == [2, 2, 1]  # each segment's layers, its head's too
+    torch.testing.assert_close(model(X), build()(X))
 
 
 def test_saved_and_loaded(tmp_path: Any) -> None:

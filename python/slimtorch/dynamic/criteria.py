@@ -6,7 +6,8 @@
 
 Scores are on a logarithmic scale (log-odds, minus the logarithm of the entropy): there a rounding error of a logit
 moves a score by about as much, however sure the network is, and thresholds near 0 or 1 lose no digits. Decisions
-are made on the host in float64, a few microseconds for a sample: whether to run another layer is the host's decision anyway.
+are made on the host in float64, a few microseconds for a sample: whether to run another
+layer is for the host to say anyway.
 """
 
 from __future__ import annotations
