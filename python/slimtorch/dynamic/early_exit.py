@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from slimtorch.distill import self_distillation_loss
 from slimtorch.dynamic._calibrate import Calibration, calibrate
-from slimtorch.dynamic._walk import State, rows_of, walk
+from slimtorch.dynamic._walk import State, Walk, rows_of, walk
 from slimtorch.dynamic.criteria import Criterion, Entropy
 from slimtorch.measure import count_macs, eval_mode, interleave
 from slimtorch.packing import PackReport, pack_
@@ -41,7 +41,7 @@ class Run:
         exits: int64 [N], the number of the exit where each sample left, from 0.
         macs: int64 [N], multiply-accumulates really spent on each sample. A sample that was run a second time, alone,
             because its decision was close (see `EarlyExit`) has both.
-        alone: how many samples that were.
+        alone: how many samples those were.
         seconds: of the whole batch.
     """
 
@@ -150,7 +150,7 @@ class EarlyExit(nn.Module):
             start = time.perf_counter()
             found = walk(self._calls(), x, self.criterion, self.margin)
             seconds = time.perf_counter() - start
-        return _run(found.logits, found.exits, found.alone, macs, seconds)
+        return _run(found, macs, seconds)
 
     @torch.no_grad()
     def predict(self, x: State, deadline: float) -> Run:
@@ -184,7 +184,7 @@ class EarlyExit(nn.Module):
             found = walk(self._calls(), x, self.criterion, self.margin, proceed)
             seconds = time.perf_counter() - start
             macs = self._macs(x)
-        return _run(found.logits, found.exits, found.alone, macs, seconds)
+        return _run(found, macs, seconds)
 
     # --- thresholds -------------------------------------------------------------------------------------------------
 
@@ -332,11 +332,13 @@ def _first(state: State) -> Tensor:
     return state
 
 
-def _run(logits: Tensor, exits: np.ndarray, alone: list[int], macs: list[int], seconds: float) -> Run:
-    """What was spent: everything up to the exit; for samples run twice, both times (they left at the same exit)."""
-    cost = np.cumsum(macs)[exits] if len(exits) else np.zeros(0, dtype=np.int64)
-    cost[alone] *= 2
-    return Run(logits, torch.from_numpy(exits), torch.from_numpy(cost), len(alone), seconds)
+def _run(found: Walk, macs: list[int], seconds: float) -> Run:
+    """What was spent: everything up to the exit; for samples run twice, what the batch had spent on them too."""
+    until = np.cumsum(macs)
+    cost = until[found.exits]
+    for number, exit in found.again.items():
+        cost[number] += until[exit]
+    return Run(found.logits, torch.from_numpy(found.exits), torch.from_numpy(cost), len(found.again), seconds)
 
 
 def _parts(backbone: object) -> list[tuple[str, nn.Module]]:
