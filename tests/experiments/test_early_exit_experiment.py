@@ -25,7 +25,7 @@ def test_the_experiment(data: Digits, tmp_path: Path, monkeypatch: pytest.Monkey
     weights = {"branchynet-input": (0.5, 0.5, 1.0)}
     tiny = early_exit.Plan(
         2, {"branchynet": 0.6, "branchynet-input": 1.5}, SIZES, rate=3e-3,
-        weights={"branchynet": (0.5, 1.0), **weights}, budgets=(0.1, 0.9), images=4, samples=1, each=2,
+        weights={"branchynet": (0.5, 1.0), **weights}, budgets=(0.1, 0.9), images=4, samples=1, each=2, together=10,
     )  # fmt: skip
     monkeypatch.setattr(early_exit, "plan", lambda settings: tiny)
     monkeypatch.setattr(early_exit, "load", lambda name, quick: (data, "a few digits"))
@@ -53,6 +53,7 @@ def test_the_experiment(data: Digits, tmp_path: Path, monkeypatch: pytest.Monkey
             spent = sum(share * cost for share, cost in zip(leaving, part["cost"], strict=True))
             assert spent * 0.999 <= macs <= part["cost"][-1] * 2
         assert all(len(times["chosen"]) == 2 for times in (part["times"]["1"], part["times"]["256"]))
+        assert part["times"]["changed"] == [0] * len(early_exit.SIZES)
         assert ("criteria" in part) == (exits > 2)
         first, last = part["curve"][0], part["curve"][1]
         assert sum(first["macs"]) <= sum(last["macs"]) * 1.5, network

@@ -34,6 +34,7 @@ from slimtorch.dynamic import (
     Patience,
     exit_loss,
 )
+from slimtorch.dynamic._walk import walk
 from slimtorch.experiments import machine
 from slimtorch.experiments.catalogue import Experiment, Progress, Result, Settings
 from slimtorch.experiments.compare import _build_stamp
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 
 VERSION = 1  # raise it when trials train differently: stored ones are then not used
 BATCHES = (1, 256)
+SIZES = (2, 7, 32, 256)  # of batches in which every test image must have one answer and one exit
 TITLES = {"branchynet": "B-LeNet", "branchynet-input": "B-LeNet, input", "msdnet": "MSDNet"}
 CRITERIA: dict[str, Callable[[], Criterion]] = {
     "entropy": Entropy, "max probability": MaxProbability, "patience": Patience, "learned": Learned,
@@ -73,6 +75,7 @@ class Plan:
         images: of the test part that are run in batches of 1 for a time; larger batches use all.
         samples: rounds of timing.
         each: test images timed one by one for the histogram.
+        together: test images run alone and in batches of `SIZES`, to see that nothing changes.
     """
 
     seeds: int
@@ -86,6 +89,7 @@ class Plan:
     images: int = 200
     samples: int = 3
     each: int = 200
+    together: int = 1000
 
 
 def plan(settings: Settings) -> Plan:
@@ -95,7 +99,7 @@ def plan(settings: Settings) -> Plan:
         small = {"exits": 3, "base": 1, "step": 1, "width": 8, "growth": 4, "head": 24, "stride": 2}
         return Plan(
             settings.seeds or 2, {"branchynet": 3, "branchynet-input": 3, "msdnet": 4}, small, rate=2e-3,
-            weights=weights, budgets=(0.05, 0.2, 0.5), images=60, samples=1, each=20,
+            weights=weights, budgets=(0.05, 0.2, 0.5), images=40, samples=1, each=20, together=100,
         )  # fmt: skip
     full = {"exits": 4, "base": 1, "step": 1, "width": 8, "growth": 6, "head": 32, "stride": 2}
     return Plan(
@@ -298,9 +302,23 @@ def _timed(
             "torch": seconds["chosen/torch"],
             "curve": [seconds[f"curve/{number}"] for number in range(len(records[0].result["curve"]))],
         }
+    found["changed"] = _changed(models[0], data.test.images[: chosen.together])
     each = models[0].latencies(data.test.images[: chosen.each], samples=3)
     found["each"] = [float(f"{value:.3g}") for value in each.tolist()]
     return found
+
+
+def _changed(model: EarlyExit, images: Tensor) -> list[int]:
+    """How many images get another answer or leave elsewhere in batches of each of `SIZES` than alone."""
+
+    def outcome(size: int) -> Tensor:
+        """Answer and exit of every image, [n, 2]."""
+        walks = [walk(model._calls(), part, model.criterion, model.margin) for part in images.split(size)]
+        answers = torch.cat([each.logits.argmax(1) for each in walks])
+        return torch.stack((answers, torch.cat([torch.from_numpy(each.exits) for each in walks])), 1)
+
+    alone = outcome(1)
+    return [int((outcome(size) != alone).any(1).sum()) for size in SIZES]
 
 
 def _all(call: Callable[[Tensor], Tensor], parts: Sequence[Tensor]) -> None:
@@ -344,7 +362,7 @@ def run(settings: Settings, out: Path, progress: Progress) -> Result:
             stamp = {
                 "version": VERSION, "machine": found["machine"], "build": _build_stamp(),
                 "trials": list(map(dict, configs)), "samples": chosen.samples,
-                "images": chosen.images, "each": chosen.each,
+                "images": chosen.images, "each": chosen.each, "together": chosen.together,
             }  # fmt: skip
             times = store.load(network, stamp)
             if times is None:
@@ -429,6 +447,11 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
                 percent(leaving),
             ])  # fmt: skip
     notes = ["MACs of a sample that leaves there; accuracy of the exit on all test images; share that leaves there"]
+    changed = sum(count for part in found["networks"].values() for count in part["times"]["changed"])
+    notes.append(
+        f"{changed} of {found['plan']['together']:,} test images have another answer or exit in batches of "
+        f"{', '.join(map(str, SIZES))} than alone (seed 0, all networks)"
+    )
     result.append(Table("Where samples leave", ["", "exit", "MACs", "accuracy, %", "leaving, %"], rows, notes))
 
     rows = []
