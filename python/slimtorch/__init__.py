@@ -24,7 +24,7 @@ except ImportError as error:
         "build it with `pip install .` in the source tree, with the torch that runs it"
     ) from error
 
-from slimtorch import design, distill, formats, models, nn, ops, prune, quantize, reference, storage
+from slimtorch import design, distill, dynamic, formats, models, nn, ops, prune, quantize, reference, storage
 from slimtorch.design import factorize_, separate_
 from slimtorch.measure import Measurement, measure
 from slimtorch.packing import PackReport, pack_
@@ -44,6 +44,7 @@ __all__ = [
     "cluster_",
     "design",
     "distill",
+    "dynamic",
     "factorize_",
     "formats",
     "load",
