@@ -146,6 +146,8 @@ class DynamicDepth(nn.Module):
             `slimtorch.models`' residual networks have. Blocks without them must keep the shape of their input.
         target: share of the blocks' MACs that `penalty` draws to, in (0, 1].
         penalty_weight: factor of `penalty`.
+        per_block: each block is drawn to the target, not all together, as 1711.11503 (equation 4) has it: gates then
+            cannot settle for some blocks that always run and others that never do.
         sampling: "gumbel": training decides by the score plus logistic noise (binary Gumbel-softmax, 1611.01144);
             "straight-through": without noise.
         temperature: of the soft decision whose gradient is used.
@@ -164,6 +166,7 @@ class DynamicDepth(nn.Module):
         blocks: str | Sequence[str] | None = None,
         target: float = 0.5,
         penalty_weight: float = 1.0,
+        per_block: bool = False,
         sampling: str = "gumbel",
         temperature: float = 1.0,
         gate: Callable[[int], nn.Module] | None = None,
@@ -183,6 +186,7 @@ class DynamicDepth(nn.Module):
         self.blocks = names
         self.target = float(target)
         self.penalty_weight = float(penalty_weight)
+        self.per_block = per_block
         self.sampling = sampling
         self.temperature = float(temperature)
         self.margin = _MARGIN
@@ -240,15 +244,24 @@ class DynamicDepth(nn.Module):
         Raises:
             RuntimeError: no batch went through in training mode yet.
         """
-        if not self._open:
-            raise RuntimeError("computed: no forward in training mode yet")
-        return torch.stack([
-            cost * opened.float().mean() for cost, opened in zip(self._costs, self._open, strict=True)
-        ]).sum()  # fmt: skip
+        shares = self._shares()
+        return (shares * shares.new_tensor(self._costs)).sum()
 
     def penalty(self) -> Tensor:
-        """`penalty_weight` · (share computed - `target`)², to add to the loss after a forward in training mode."""
-        return self.penalty_weight * (self.computed() - self.target) ** 2
+        """`penalty_weight` · (share computed - `target`)², to add to the loss after a forward in training mode.
+
+        With `per_block` the mean of that over blocks, weighted by their MACs.
+        """
+        shares = self._shares()
+        costs = shares.new_tensor(self._costs)
+        off = (shares - self.target) ** 2 @ costs if self.per_block else ((shares * costs).sum() - self.target) ** 2
+        return self.penalty_weight * off
+
+    def _shares(self) -> Tensor:
+        """Of the samples of the last training batch, those that ran each block: [blocks]."""
+        if not self._open:
+            raise RuntimeError("DynamicDepth: no forward in training mode yet, so nothing to penalize")
+        return torch.stack([opened.float().mean() for opened in self._open])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": []}  # tensors with a graph cannot be copied
