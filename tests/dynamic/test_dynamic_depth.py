@@ -144,6 +144,47 @@ def test_macs_are_those_of_the_blocks_that_ran(model: DynamicDepth) -> None:
     assert model.report([x]).accuracy is None
 
 
+def test_a_threshold_for_a_share_of_computation(model: DynamicDepth) -> None:
+    x = images(40)
+    costs = torch.tensor([count_macs(block, (h,))[0] for block, h in _inputs_of_blocks(model, x[:1])]).double()
+    shares = []
+    for share in (0.0, 0.3, 0.5, 0.9, 1.0):
+        found = model.calibrate_([x[:25], (x[25:], None)], share)
+        ran = model.run(x).ran.double()
+        assert found == pytest.approx(float((ran @ (costs / costs.sum())).mean()))
+        assert found <= share
+        threshold = float(model.threshold)
+        if 0 < share < 1:
+            model.threshold.fill_(threshold - 1e-3)  # a little lower: a score on the other side
+            while (more := float((model.run(x).ran.double() @ (costs / costs.sum())).mean())) == found:
+                model.threshold.sub_(0.05)
+            assert more > share
+            model.threshold.fill_(threshold)
+        for sample, own in zip(x.split(1), ran, strict=True):
+            assert torch.equal(model.run(sample).ran[0].double(), own)
+        shares.append(found)
+    assert shares[0] == 0
+    assert shares[-1] == 1
+    assert shares == sorted(shares)
+    model.calibrate_([x], 0.3)
+    fresh = DynamicDepth(_cifar(14, 5, 2, None, 4), x).eval()
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh.run(x).ran, model.run(x).ran)
+    with pytest.raises(ValueError, match=r"share: expected a number in \[0, 1\], got 1.5"):
+        model.calibrate_([x], 1.5)
+    with pytest.raises(ValueError, match="data: expected at least one sample, got none"):
+        model.calibrate_([], 0.5)
+
+
+def _inputs_of_blocks(model: DynamicDepth, x: Tensor) -> list[tuple[nn.Module, Tensor]]:
+    found = []
+    for name, module in model.model.named_children():
+        if name in model.blocks:
+            found.append((module, x))
+        x = module(x)
+    return found
+
+
 def test_a_projection_shortcut_is_no_saving() -> None:
     torch.manual_seed(0)
     network = slim.models.resnet18(5, 2, width=4)

@@ -27,6 +27,7 @@ Run = Callable[[Tensor], Tensor]
 Convert = Callable[[nn.Module, Tensor], Run]
 """`convert(segment, example input) -> callable` that gives what the segment gives."""
 
+_REACH = 64.0  # scores that a threshold is looked for among
 _MARGIN = 1e-3  # of a score: far above what rounding makes of another batch, far below what scores spread over
 
 
@@ -135,9 +136,9 @@ class DynamicDepth(nn.Module):
     samples leave the batch for the length of the block. The forward of both gives the network's own output.
 
     **Decisions do not depend on the batch.** Another batch size means other kernels and other rounding, which could
-    turn a score from one side of 0 to the other. A score within `margin` of it is therefore not believed: it is
-    computed anew for that sample alone, from the input on. So a sample takes the same path in any batch, on one machine
-    with one number of threads; its output differs by rounding only.
+    turn a score from one side of the threshold to the other. A score within `margin` of it is therefore not believed:
+    it is computed anew for that sample alone, from the input on. So a sample takes the same path in any batch, on one
+    machine with one number of threads; its output differs by rounding only.
 
     Args:
         model: an `nn.Sequential`, also of others; it is used, not copied.
@@ -190,6 +191,8 @@ class DynamicDepth(nn.Module):
         self.sampling = sampling
         self.temperature = float(temperature)
         self.margin = _MARGIN
+        self.threshold: Tensor
+        self.register_buffer("threshold", torch.zeros((), device=example_inputs.device))
         self.gates = nn.ModuleList()
         self._open: list[Tensor] = []  # decisions of the last training batch, [N] each
 
@@ -217,7 +220,7 @@ class DynamicDepth(nn.Module):
         """The network's output on [N, …]."""
         if self.training:
             return self._train(x)
-        return _infer(self._stages(), x, self.margin)[0]
+        return self._infer(self._stages(), x)[0]
 
     def _train(self, x: Tensor) -> Tensor:
         opened: list[Tensor] = []
@@ -278,6 +281,9 @@ class DynamicDepth(nn.Module):
                 stages.append(_Stage(name, module))
         return stages
 
+    def _infer(self, stages: Sequence[_Stage], x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return _infer(stages, x, float(self.threshold), self.margin)
+
     def segments(self) -> dict[str, nn.Module]:
         """What runs without a decision inside, in order: each can be exported by `torch.export` as one graph.
 
@@ -327,7 +333,7 @@ class DynamicDepth(nn.Module):
                 else:
                     stages.append(_Stage(name, run))
                     x = segment(x)
-        return lambda x: _infer(stages, x, self.margin)[0]
+        return lambda x: self._infer(stages, x)[0]
 
     @torch.no_grad()
     def run(self, x: Tensor) -> DepthRun:
@@ -337,7 +343,7 @@ class DynamicDepth(nn.Module):
         """
         _check_batch("x", x, at_least=0)
         with eval_mode(self):
-            logits, ran = _infer(self._stages(), x, self.margin)
+            logits, ran = self._infer(self._stages(), x)
             decisions = torch.stack(ran, 1)
             if not len(x):
                 return DepthRun(logits, decisions, torch.zeros(0, dtype=torch.int64, device=x.device))
@@ -362,6 +368,52 @@ class DynamicDepth(nn.Module):
         return fixed, blocks, gates
 
     @torch.no_grad()
+    def calibrate_(self, data: Iterable[Any], share: float) -> float:
+        """Sets `threshold`, the score from which on a block runs (0 as trained), for a share of computation.
+
+        Found by bisection: about 25 passes over the data.
+
+        Args:
+            data: batches `inputs` or `(inputs, …)`, for example of the validation set.
+            share: of the blocks' MACs, in [0, 1], which the mean sample may spend at most.
+
+        Returns:
+            The share that it comes to, as near below `share` as scores of these samples allow.
+
+        Raises:
+            ValueError: a share out of range, no sample at all.
+        """
+        if not 0 <= share <= 1:
+            raise ValueError(f"share: expected a number in [0, 1], got {share}")
+        batches = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in data]
+        if not sum(map(len, batches)):
+            raise ValueError("data: expected at least one sample, got none")
+        costs = torch.tensor(self._costs, dtype=torch.float64)
+
+        def computed(threshold: float) -> float:
+            self.threshold.fill_(threshold)
+            with eval_mode(self):
+                ran = torch.cat([torch.stack(self._infer(self._stages(), x)[1], 1) for x in batches])
+            return float((ran.double().cpu() @ costs).mean())
+
+        if computed(-math.inf) <= share:
+            return 1.0
+        low, high = -_REACH, _REACH
+        found = computed(high)
+        if found > share:  # scores beyond all reason
+            high, found = math.inf, 0.0
+        else:
+            for _ in range(24):
+                middle = (low + high) / 2
+                now = computed(middle)
+                if now <= share:
+                    high, found = middle, now
+                else:
+                    low = middle
+        self.threshold.fill_(high)
+        return found
+
+    @torch.no_grad()
     def report(self, data: Iterable[Any]) -> DepthReport:
         """Computation per sample over batches `inputs` or `(inputs, labels)`; labels, int64 [N], give the accuracy.
 
@@ -374,7 +426,7 @@ class DynamicDepth(nn.Module):
         for batch in data:
             inputs, *rest = batch if isinstance(batch, (tuple, list)) else (batch,)
             with eval_mode(self):
-                logits, decisions = _infer(self._stages(), inputs, self.margin)
+                logits, decisions = self._infer(self._stages(), inputs)
                 if macs is None and len(inputs):
                     macs = self._macs(inputs[:1])
             ran.append(torch.stack(decisions, 1).cpu())
@@ -404,10 +456,10 @@ class DynamicDepth(nn.Module):
 # --- one run ------------------------------------------------------------------------------------------------------
 
 
-def _infer(stages: Sequence[_Stage], x: Tensor, margin: float) -> tuple[Tensor, list[Tensor]]:
+def _infer(stages: Sequence[_Stage], x: Tensor, threshold: float, margin: float) -> tuple[Tensor, list[Tensor]]:
     """The output, and for each block the samples that ran it, bool [N]."""
     if len(x) == 1:
-        y, path = _infer_one(stages, x)
+        y, path = _infer_one(stages, x, threshold)
         return y, [torch.tensor([ran], device=x.device) for ran in path]
     source = x
     decisions: list[Tensor] = []
@@ -416,11 +468,11 @@ def _infer(stages: Sequence[_Stage], x: Tensor, margin: float) -> tuple[Tensor, 
             x = stage.run(x)
             continue
         scores = _scores(stage.gate(x), x).detach()
-        ran = ~(scores < 0)  # NaN runs: it must come out at the end
-        unsure = scores.abs() < max(margin, 64 * torch.finfo(scores.dtype).eps)
+        ran = ~(scores < threshold)  # NaN runs: it must come out at the end
+        unsure = (scores - threshold).abs() < max(margin, 64 * torch.finfo(scores.dtype).eps)
         for index in unsure.nonzero().squeeze(1).tolist():
             with torch.no_grad():
-                ran[index] = _infer_one(stages, source[index : index + 1], len(decisions) + 1)[1][-1]
+                ran[index] = _infer_one(stages, source[index : index + 1], threshold, len(decisions) + 1)[1][-1]
         decisions.append(ran)
         inside, outside = ran.nonzero().squeeze(1), (~ran).nonzero().squeeze(1)
         if not len(inside):
@@ -433,7 +485,9 @@ def _infer(stages: Sequence[_Stage], x: Tensor, margin: float) -> tuple[Tensor, 
     return x, decisions
 
 
-def _infer_one(stages: Sequence[_Stage], x: Tensor, gates: int | None = None) -> tuple[Tensor, list[bool]]:
+def _infer_one(
+    stages: Sequence[_Stage], x: Tensor, threshold: float, gates: int | None = None
+) -> tuple[Tensor, list[bool]]:
     """The same for one sample [1, …], always laid out alike; after so many gates it is left there."""
     x = x.contiguous()
     path: list[bool] = []
@@ -441,7 +495,7 @@ def _infer_one(stages: Sequence[_Stage], x: Tensor, gates: int | None = None) ->
         if stage.gate is None or stage.skip is None:
             x = stage.run(x)
             continue
-        path.append(not _scores(stage.gate(x), x).item() < 0)
+        path.append(not _scores(stage.gate(x), x).item() < threshold)
         if len(path) == gates:
             break
         x = stage.run(x) if path[-1] else stage.skip(x)
