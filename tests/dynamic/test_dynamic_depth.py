@@ -145,11 +145,11 @@ def test_macs_are_those_of_the_blocks_that_ran(model: DynamicDepth) -> None:
 
 
 def test_a_threshold_for_a_share_of_computation(model: DynamicDepth) -> None:
-    x = images(40)
+    x = images(16)
     costs = torch.tensor([count_macs(block, (h,))[0] for block, h in _inputs_of_blocks(model, x[:1])]).double()
     shares = []
-    for share in (0.0, 0.3, 0.5, 0.9, 1.0):
-        found = model.calibrate_([x[:25], (x[25:], None)], share)
+    for share in (0.0, 0.4, 0.8, 1.0):
+        found = model.calibrate_([x[:9], (x[9:], None)], share)
         ran = model.run(x).ran.double()
         assert found == pytest.approx(float((ran @ (costs / costs.sum())).mean()))
         assert found <= share
@@ -157,15 +157,19 @@ def test_a_threshold_for_a_share_of_computation(model: DynamicDepth) -> None:
         if 0 < share < 1:
             model.threshold.fill_(threshold - 1e-3)  # a little lower: a score on the other side
             while (more := float((model.run(x).ran.double() @ (costs / costs.sum())).mean())) == found:
-                model.threshold.sub_(0.05)
+                model.threshold.sub_(0.2)
             assert more > share
             model.threshold.fill_(threshold)
-        for sample, own in zip(x.split(1), ran, strict=True):
-            assert torch.equal(model.run(sample).ran[0].double(), own)
         shares.append(found)
     assert shares[0] == 0
     assert shares[-1] == 1
     assert shares == sorted(shares)
+    model.calibrate_([x], 0.4)
+    whole = model.run(x).ran
+    assert 0 < whole.double().mean() < 1
+    assert torch.equal(torch.cat([model.run(sample).ran for sample in x.split(1)]), whole)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x[:1]), model(x)[:1])
     model.calibrate_([x], 0.3)
     fresh = DynamicDepth(_cifar(14, 5, 2, None, 4), x).eval()
     fresh.load_state_dict(model.state_dict())
@@ -210,7 +214,7 @@ def test_training_applies_the_hard_decisions() -> None:
     assert model.blocks == ("1.0", "1.1")
     decided(model)
     trained = model(x)
-    share = model.computed()
+    share = model.computed().detach()
     run = model.run(x)
     assert 0 < run.ran.float().mean() < 1
     torch.testing.assert_close(trained, run.logits)  # nothing here differs between training and evaluation
@@ -352,7 +356,7 @@ def test_segments_are_compiled_without_a_break() -> None:
     model.eval()
 
     def convert(module: nn.Module, _: Tensor) -> Callable[[Tensor], Tensor]:
-        return torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")  # type: ignore[return-value]
+        return torch.compile(module, fullgraph=True, dynamic=True, backend="eager")  # type: ignore[return-value]
 
     with torch.no_grad():
         compiled = model.prepare(convert, x)

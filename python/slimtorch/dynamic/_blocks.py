@@ -89,12 +89,17 @@ def scaled(block: nn.Module, x: Tensor, factor: Tensor | float) -> Tensor:
     return x + factor * (block(x) - x)
 
 
+def left(block: nn.Module, x: Tensor) -> Tensor:
+    """What is left of a block that is skipped."""
+    return cast(Any, block).join(x, None) if splits(block) else x
+
+
 class Skipped(nn.Module):
-    """What is left of a block that is skipped: input and output as the block's, its branch is not computed."""
+    """`left` as a module: input and output as the block's, its branch is not computed."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block = block
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Any, self.block).join(x, None) if splits(self.block) else x
+        return left(self.block, x)

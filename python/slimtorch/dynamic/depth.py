@@ -11,6 +11,7 @@ passes the gradient of the soft ones straight through; a penalty draws the share
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtorch.dynamic._blocks import Skipped, check_shapes, choose, scaled, steps
+from slimtorch.dynamic._blocks import Skipped, check_shapes, choose, left, scaled, steps
 from slimtorch.measure import count_macs, eval_mode
 from slimtorch.report import Table
 
@@ -220,7 +221,7 @@ class DynamicDepth(nn.Module):
         """The network's output on [N, …]."""
         if self.training:
             return self._train(x)
-        return self._infer(self._stages(), x)[0]
+        return self._output(self._stages(), x)
 
     def _train(self, x: Tensor) -> Tensor:
         opened: list[Tensor] = []
@@ -276,13 +277,18 @@ class DynamicDepth(nn.Module):
         gates = iter(self.gates)
         for name, module in steps(self.model):
             if name in self.blocks:
-                stages.append(_Stage(name, module, next(gates), Skipped(module)))
+                stages.append(_Stage(name, module, next(gates), functools.partial(left, module)))
             else:
                 stages.append(_Stage(name, module))
         return stages
 
     def _infer(self, stages: Sequence[_Stage], x: Tensor) -> tuple[Tensor, list[Tensor]]:
         return _infer(stages, x, float(self.threshold), self.margin)
+
+    def _output(self, stages: Sequence[_Stage], x: Tensor) -> Tensor:
+        if len(x) == 1:
+            return _infer_one(stages, x, float(self.threshold))[0]
+        return self._infer(stages, x)[0]
 
     def segments(self) -> dict[str, nn.Module]:
         """What runs without a decision inside, in order: each can be exported by `torch.export` as one graph.
@@ -333,7 +339,7 @@ class DynamicDepth(nn.Module):
                 else:
                     stages.append(_Stage(name, run))
                     x = segment(x)
-        return lambda x: self._infer(stages, x)[0]
+        return lambda x: self._output(stages, x)
 
     @torch.no_grad()
     def run(self, x: Tensor) -> DepthRun:
@@ -357,9 +363,9 @@ class DynamicDepth(nn.Module):
         for stage in self._stages():
             assert isinstance(stage.run, nn.Module)
             own = count_macs(stage.run, (x,))[1]
-            if isinstance(stage.gate, nn.Module) and isinstance(stage.skip, nn.Module):
+            if isinstance(stage.gate, nn.Module):
                 gates.append(count_macs(stage.gate, (x,))[1])
-                shortcut = count_macs(stage.skip, (x,))[1]  # a convolution there runs in any case
+                shortcut = count_macs(Skipped(stage.run), (x,))[1]  # a convolution there runs in any case
                 blocks.append(own - shortcut)
                 fixed += shortcut
             else:
@@ -480,8 +486,8 @@ def _infer(stages: Sequence[_Stage], x: Tensor, threshold: float, margin: float)
         elif not len(outside):
             x = stage.run(x)
         else:
-            y, left = stage.run(x.index_select(0, inside)), stage.skip(x.index_select(0, outside))
-            x = torch.cat([y, left.to(y.dtype)]).index_select(0, torch.cat([inside, outside]).argsort())
+            y, rest = stage.run(x.index_select(0, inside)), stage.skip(x.index_select(0, outside))
+            x = torch.cat([y, rest.to(y.dtype)]).index_select(0, torch.cat([inside, outside]).argsort())
     return x, decisions
 
 
@@ -495,7 +501,8 @@ def _infer_one(
         if stage.gate is None or stage.skip is None:
             x = stage.run(x)
             continue
-        path.append(not _scores(stage.gate(x), x).item() < threshold)
+        scores = stage.gate(x)
+        path.append(not (scores if scores.numel() == 1 else _scores(scores, x)).item() < threshold)
         if len(path) == gates:
             break
         x = stage.run(x) if path[-1] else stage.skip(x)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from slimtorch._evaluate import Measure, finite, number_of
 from slimtorch._progress import shown
-from slimtorch.dynamic._blocks import Skipped, check_shapes, choose, scaled, splits, steps
+from slimtorch.dynamic._blocks import Skipped, check_shapes, choose, left, scaled, splits, steps
 from slimtorch.measure import count_macs, eval_mode
 from slimtorch.report import Table
 
@@ -82,7 +82,7 @@ class StochasticDepth(nn.Module):
                 check_shapes(name, module, x, y)
                 x = y
             else:
-                x = Skipped(module)(x)
+                x = left(module, x)
         return x
 
     def extra_repr(self) -> str:

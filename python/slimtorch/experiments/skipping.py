@@ -16,7 +16,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,16 +29,13 @@ from slimtorch.experiments.compare import _build_stamp, _check_same
 from slimtorch.experiments.loop import evaluate, fit
 from slimtorch.experiments.pruned import check_digits, steps_of
 from slimtorch.experiments.rivals import dense_rivals
+from slimtorch.experiments.skipping_report import figures, tables
 from slimtorch.experiments.store import Record, Store
-from slimtorch.experiments.summary import mean_and_deviation, over_seeds, percent, spread
+from slimtorch.experiments.summary import over_seeds
 from slimtorch.experiments.trials import Trial, run_all
 from slimtorch.measure import count_macs, interleave, threads_of_torch
 from slimtorch.models import resnet20
 from slimtorch.packing import _judge
-from slimtorch.report import Table
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 VERSION = 1  # raise it when the code below trains differently
 BLOCKS = 9  # of ResNet-20
@@ -69,15 +66,15 @@ class Plan:
     """
 
     seeds: int = 5
-    epochs: float = 11
-    first: float = 5
+    epochs: float = 9
+    first: float = 4
     rate: float = 3e-3
     tune_rate: float = 2e-3
     gate_rate: float = 3e-3
     batch_size: int = 60
     width: int = 8
     short: tuple[int, ...] = (6, 3)
-    gates: tuple[tuple[bool, float], ...] = ((False, 0.5), (False, 0.25), (True, 0.5), (True, 0.3))
+    gates: tuple[tuple[bool, float], ...] = ((False, 0.5), (False, 0.25), (True, 0.5))
     penalty: float = 4.0
     survival: float = 0.5
     kept: tuple[int, ...] = (7, 6, 5, 3)
@@ -88,7 +85,7 @@ class Plan:
 def plan(settings: Settings) -> Plan:
     """The numbers of a quick or a full run."""
     if settings.quick:
-        small = Plan(seeds=2, epochs=4, first=2, width=4, short=(3,), gates=((True, 0.3),), kept=(5,), samples=5)
+        small = Plan(seeds=2, epochs=10, first=5, width=4, short=(3,), gates=((False, 0.3),), kept=(7,), samples=5)
         return replace(small, seeds=settings.seeds or small.seeds)
     return replace(Plan(), seeds=settings.seeds or Plan.seeds)
 
@@ -263,11 +260,14 @@ def _times(
         shorter = dense[f"{level['how']} {level['blocks']}"] = network(chosen.width)
         shorter.load_state_dict({key.removeprefix("model."): value for key, value in state.items()})
         drop_layers_(network_of(shorter[1]), level["kept"])
-    gates: dict[str, DynamicDepth] = {}
+    gates: dict[str, dict[str, Any]] = {}
     for (name, seed), trial in made.items():
         if name.startswith("gates"):
-            gates[f"{name} {seed}"] = gated(network(chosen.width), data, trial.config)
-            gates[f"{name} {seed}"].load_state_dict(_state(records[trial.name]))
+            model = gated(network(chosen.width), data, trial.config).eval()
+            model.load_state_dict(_state(records[trial.name]))
+            with torch.inference_mode():
+                gates[f"{name} {seed}"] = {"torch": model, "frozen": model.prepare(_frozen, data.test.images[:2])}
+                _check_same(model, gates[f"{name} {seed}"]["frozen"], data.test.images[:64])
 
     found: dict[str, dict[str, dict[str, Any]]] = {}
     with torch.inference_mode():
@@ -280,11 +280,8 @@ def _times(
             for name, module in dense.items():
                 for way, call in dense_rivals(module.eval(), x).items():
                     calls[f"{name}/{way}"], images[f"{name}/{way}"] = call, batch
-            for name, model in gates.items():
-                frozen = model.eval().prepare(_frozen, data.test.images[:2])
-                ways: tuple[tuple[str, Any], ...] = (("torch", model), ("frozen", frozen))
-                for way, run in ways:
-                    _check_same(model, run, data.test.images[:64])
+            for name, ways in gates.items():
+                for way, run in ways.items():
                     key = f"{name}/{way}"
                     calls[key] = functools.partial(_each, run, single) if batch == 1 else functools.partial(run, x)
                     images[key] = len(single) if batch == 1 else batch
@@ -371,165 +368,6 @@ def run(settings: Settings, out: Path, progress: Progress) -> Result:
         "the fastest of the ways that torch has to run it."
     )
     return Result("Skipping blocks", lead, tables(found), figures(found), found)
-
-
-# --- report -----------------------------------------------------------------------------------------------------------
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(mean_and_deviation(values)["mean"])
-
-
-def _title(row: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    name = row["name"]
-    if name.startswith("short"):
-        return f"trained with {name.removeprefix('short')} blocks"
-    if name.startswith("gates"):
-        _, kind, target = name.split("-")
-        return f"gates, {float(target):.0%} {'of each block' if kind == 'each' else 'of all'}"
-    if "how" in row:
-        source = "stochastic" if name.startswith("stochastic") else "whole"
-        return f"{source}, {row['blocks']} kept, {row['how']}"
-    return {"whole": f"whole network, {BLOCKS} blocks", "stochastic": f"stochastic depth, {BLOCKS} blocks"}[name]
-
-
-def _micro(row: Mapping[str, Any], batch: str) -> str | None:
-    """Microseconds per image, over seeds where they differ."""
-    values = [1e6 * value for value in row["time"].get(batch, [])]
-    return spread(values, digits=0 if values[0] >= 100 else 1) if values else None
-
-
-def tables(found: Mapping[str, Any]) -> list[Table]:
-    """Everything against the whole network; what the gates do; layers dropped, with and without new statistics."""
-    rows, chosen = found["rows"], found["plan"]
-    whole = rows[0]
-    batches = list(whole["time"])
-
-    def gain(row: Mapping[str, Any], batch: str) -> str | None:
-        times = row["time"].get(batch)
-        return f"{_mean(whole['time'][batch]) / _mean(times):.2f}x" if times else None
-
-    cells: list[list[object]] = []
-    for row in rows:
-        if not row["time"]:
-            continue
-        own: list[object] = [_title(row, found), percent(row["test"]), f"{_mean(row['macs']) / 1e6:.2f}"]
-        for batch in batches:
-            own += [_micro(row, batch), gain(row, batch)]
-        cells.append(own)
-    columns = ["network", "test, %", "MMACs"]
-    for batch in batches:
-        columns += [f"us, b{batch}", f"gain, b{batch}"]
-    noisy = [f"b{b}" for b in batches if any(own["statistic"] == "p10" for own in found["times"][b].values())]
-    notes = [
-        f"mean ± standard deviation over {over_seeds(chosen['seeds'])}; {found['steps']} steps each",
-        f"us: microseconds per image, b: images in a call; at b1 the mean over {ONE_BY_ONE} images, one by one; ± over "
-        "seeds where the path differs. MMACs: million multiply-accumulates per image, gates included.",
-        "kept: blocks of the network above, spread evenly or searched on validation images; batch norms then take "
-        "their statistics anew.",
-        *([f"{' and '.join(noisy)}: other processes at work, 10th percentiles instead of medians."] if noisy else []),
-        machine.headline(found["machine"]),
-    ]
-    result = [Table("Skipping blocks of a narrow ResNet-20", columns, cells, notes)]
-
-    gates = [row for row in rows if "share" in row]
-    cells = [
-        [_title(row, found), percent(row["test"]), spread([100 * m / whole["macs"][0] for m in row["macs"]], 1),
-         spread([sum(d * n for d, n in enumerate(own)) / sum(own) for own in row["depths"]], 2),
-         spread([float(p) for p in row["paths"]], 1)]
-        for row in gates
-    ]  # fmt: skip
-    notes = ["paths: different choices of blocks among the test images"]
-    columns = ["penalty draws to", "test, %", "MACs, % of whole", "blocks run", "paths"]
-    result.append(Table("What the gates do", columns, cells, notes))
-
-    cells = []
-    for count in sorted(chosen["kept"], reverse=True):
-        for row in rows:
-            if row.get("blocks") == count:
-                cells.append([_title(row, found), percent(row["raw"]), percent(row["test"])])
-    result.append(Table(
-        "Layers dropped after training", ["from", "as it is, test, %", "new statistics, test, %"], cells,
-        [f"whole: trained without dropping, {percent(whole['test'])} % with all {BLOCKS} blocks"],
-    ))  # fmt: skip
-    return result
-
-
-_STYLE: dict[str, dict[str, Any]] = {
-    "trained as such": {"color": "black", "marker": "o"},
-    "gates, target for all": {"color": "#0072B2", "marker": "s"},
-    "gates, target for each": {"color": "#56B4E9", "marker": "D"},
-    "stochastic depth, spread": {"color": "#E69F00", "marker": "^", "linestyle": "--"},
-    "stochastic depth, searched": {"color": "#D55E00", "marker": "v", "linestyle": "--"},
-}
-
-
-def _family(row: Mapping[str, Any]) -> str | None:
-    name = row["name"]
-    if name == "whole" or name.startswith("short"):
-        return "trained as such"
-    if name.startswith("gates"):
-        return f"gates, target for {name.split('-')[1]}"
-    return f"stochastic depth, {row['how']}" if name.startswith("stochastic ") else None
-
-
-def figures(found: Mapping[str, Any]) -> list[tuple[str, str, Figure]]:
-    """Accuracy against measured time at each batch size; how many blocks images run."""
-    from slimtorch.experiments import plots
-
-    rows = found["rows"]
-    whole = rows[0]
-    figure, axes = plots.new_figure(len(whole["time"]))
-    for axis, batch in zip(axes, whole["time"], strict=True):
-        for family, style in _STYLE.items():
-            own = sorted(
-                (row for row in rows if row["time"] and _family(row) == family), key=lambda r: _mean(r["time"][batch])
-            )
-            if not own:
-                continue
-            x = [1e6 * _mean(row["time"][batch]) for row in own]
-            summary = [mean_and_deviation([100 * v for v in row["test"]]) for row in own]
-            wide = [1e6 * (mean_and_deviation(row["time"][batch])["std"] or 0.0) for row in own]
-            axis.errorbar(
-                x, [s["mean"] for s in summary], [s["std"] or 0.0 for s in summary], wide, label=family, capsize=2,
-                linewidth=1.4, markersize=5, **style,
-            )  # fmt: skip
-        height = 100 * _mean(whole["test"])
-        least = min(100 * _mean(row["test"]) for row in rows if row["time"])
-        axis.set_ylim(max(least - 1, height - 12), min(100.0, height + 2))
-        axis.set_xlabel(f"microseconds per image, batch {batch}")
-        axis.set_ylabel("test accuracy, %")
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, fontsize=8, loc="outside lower center", ncols=5, frameon=False)
-    figure.suptitle("A narrow ResNet-20: accuracy against measured time")
-
-    gates = [row for row in rows if "share" in row]
-    second, panels = plots.new_figure(2)
-    blocks = range(1, BLOCKS + 1)
-    for index, row in enumerate(gates):
-        color, title = plots.COLORS[index % len(plots.COLORS)], _title(row, found)
-        totals = [sum(own) for own in row["depths"]]
-        shares = [[100 * n / t for n in own] for own, t in zip(row["depths"], totals, strict=True)]
-        plots.band(panels[0], range(BLOCKS + 1), shares, title, color, marker="o")
-        opened = [[100 * value for value in own] for own in row["share"]]
-        plots.band(panels[1], blocks, opened, title, color, marker="o")
-    panels[0].set_xlabel("blocks run")
-    panels[0].set_ylabel("test images, %")
-    panels[1].set_xlabel("block")
-    panels[1].set_ylabel("test images that run it, %")
-    for panel in panels:
-        panel.set_ylim(0, 102)
-    handles = panels[0].get_legend_handles_labels()
-    second.legend(*handles, fontsize=8, loc="outside lower center", ncols=4, frameon=False)
-    second.suptitle("What the gates do with an image")
-    caption = (
-        "Test accuracy against measured time per image: up and to the left is better. Bars: ± 1 sd over seeds. What is "
-        "far below is left out."
-    )
-    return [
-        ("skipping", caption, figure),
-        ("skipping-gates", "Blocks that images run, and images that run a block. Bands: ± 1 sd over seeds.", second),
-    ]
 
 
 EXPERIMENT = Experiment(
