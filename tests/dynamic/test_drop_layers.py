@@ -206,6 +206,54 @@ def test_a_failure_leaves_the_model_as_it_was() -> None:
     assert len(model.survival) == 9
 
 
+def test_statistics_are_taken_anew() -> None:
+    plain, x = network(14), images(12)
+    fewer = copy.deepcopy(plain)
+    drop_layers_(fewer, 2)
+    expected: dict[str, list[Tensor]] = {}
+    for name, module in fewer.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            seen = expected[name] = []
+            module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))  # type: ignore[misc]
+    with torch.no_grad():
+        fewer.train()(x[:8]), fewer(x[8:])
+    report = drop_layers_(plain, 2, data=iter([x[:8], (x[8:], None)]))
+    assert len(report.kept) == 2
+    for name, (one, two) in expected.items():
+        norm: Any = plain.get_submodule(name)
+        torch.testing.assert_close(norm.running_mean, (one.mean((0, 2, 3)) + two.mean((0, 2, 3))) / 2)
+        torch.testing.assert_close(norm.running_var, (one.var((0, 2, 3)) + two.var((0, 2, 3))) / 2)
+        assert norm.momentum == 0.1
+        assert not norm.training
+    assert slim.dynamic.renew_statistics_(plain, [x]) == len(expected)
+
+    searched, seen_by = network(14), []
+
+    def measure(model: nn.Module) -> float:
+        seen_by.append(copy.deepcopy(model))
+        return float(len(seen_by))
+
+    drop_layers_(searched, 5, measure=measure, data=[x])
+    for model in seen_by:  # each network was measured with statistics of its own
+        own = copy.deepcopy(model)
+        slim.dynamic.renew_statistics_(own, [x])
+        assert all(torch.equal(value, own.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_statistics_come_back_after_an_error() -> None:
+    plain, x = network(), images()
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    with pytest.raises(ValueError, match="data: expected at least one batch, got none"):
+        drop_layers_(plain, 3, data=[])
+    with pytest.raises(ValueError, match="measure: expected a finite number"):
+        drop_layers_(plain, 3, data=[x], measure=lambda model: float("nan"))
+    assert plain.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
+    with pytest.raises(ValueError, match="data: expected at least one batch, got none"):
+        slim.dynamic.renew_statistics_(plain, [])
+    assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
+
+
 def test_packs_and_copies() -> None:
     model = StochasticDepth(network(8), 0.5).eval()
     x = images()

@@ -5,6 +5,7 @@ Skipping: `DynamicDepth` computes a residual block only for the samples that its
 trains a network from which `drop_layers_` then leaves blocks out.
 """
 
+from slimtorch.dynamic._statistics import renew_statistics_
 from slimtorch.dynamic.depth import DepthReport, DepthRun, DynamicDepth, PooledGate
 from slimtorch.dynamic.drop import DropReport, StochasticDepth, drop_layers_
 
@@ -16,4 +17,5 @@ __all__ = [
     "PooledGate",
     "StochasticDepth",
     "drop_layers_",
+    "renew_statistics_",
 ]

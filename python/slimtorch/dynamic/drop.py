@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from slimtorch._evaluate import Measure, finite, number_of
 from slimtorch._progress import shown
 from slimtorch.dynamic._blocks import Skipped, check_shapes, choose, left, scaled, splits, steps
+from slimtorch.dynamic._statistics import renew_statistics_, restore_statistics, statistics
 from slimtorch.measure import count_macs, eval_mode
 from slimtorch.report import Table
 
@@ -131,6 +132,7 @@ def drop_layers_(
     *,
     blocks: str | Sequence[str] | None = None,
     measure: Measure | None = None,
+    data: Iterable[Any] | None = None,
     example_inputs: Tensor | None = None,
 ) -> DropReport:
     """Leaves residual blocks out of a network for good, in place: a smaller, plain network.
@@ -148,12 +150,14 @@ def drop_layers_(
         measure: without it the kept ones are spread evenly, as in "every other" (1909.11556, section 3.2.2), the first
             always among them. With it they are searched: of the blocks left, the one goes without which the measure is
             smallest, again and again. `measure(model) -> number`, smaller is better, or `(data, loss_fn)`.
+        data: batches `inputs` or `(inputs, …)` of training data, for `renew_statistics_` of batch norms, in a search
+            before every measurement. Without it a network with batch norms loses much more than it has to.
         example_inputs: [N, …], for the MACs in the report.
 
     Raises:
         TypeError: `model` or `keep` is of another kind.
         ValueError: more blocks than there are, none, a name that is none of them; a measure that is not finite; a block
-            without shortcut that changes the shape. The model is then as it was.
+            without shortcut that changes the shape; no data. The model is then as it was.
     """
     network = model.model if isinstance(model, StochasticDepth) else model
     names = list(model.survival) if isinstance(model, StochasticDepth) else list(choose(network, blocks))
@@ -163,13 +167,16 @@ def drop_layers_(
     before = {name: module for name, module in steps(network) if name in names}
     macs = None if example_inputs is None else _macs(network, names, example_inputs)
 
+    if isinstance(data, Iterator):
+        data = list(data)  # a search reads it many times
+    known = [] if data is None else statistics(network)
     scale = model.scale if isinstance(model, StochasticDepth) else None
     order: list[tuple[str, float]] = []
     try:
         if isinstance(model, StochasticDepth):
             model.scale = False
         if isinstance(wanted, int) and measure is not None:
-            order = _search(network, names, wanted, measure)
+            order = _search(network, names, wanted, measure, data)
             gone = {name for name, _ in order}
             kept = [name for name in names if name not in gone]
         elif isinstance(wanted, int):
@@ -181,7 +188,10 @@ def drop_layers_(
         for name in names:
             if name not in kept:
                 _put(network, name, _left(before[name]))
+        if data is not None:
+            renew_statistics_(network, data)
     except BaseException:
+        restore_statistics(known)
         for name, block in before.items():
             _put(network, name, block)
         if isinstance(model, StochasticDepth):
@@ -221,7 +231,9 @@ def _wanted(keep: Any, names: list[str]) -> int | list[str]:
     return [name for name in names if name in given]
 
 
-def _search(network: nn.Sequential, names: list[str], keep: int, measure: Measure) -> list[tuple[str, float]]:
+def _search(
+    network: nn.Sequential, names: list[str], keep: int, measure: Measure, data: Iterable[Any] | None
+) -> list[tuple[str, float]]:
     """Drops one block after the other, each time the one without which the measure is smallest."""
     of = number_of(measure)
     left = list(names)
@@ -237,6 +249,8 @@ def _search(network: nn.Sequential, names: list[str], keep: int, measure: Measur
         block = network.get_submodule(name)
         _put(network, name, _left(block))
         try:
+            if data is not None:
+                renew_statistics_(network, data)
             values[name] = finite(of(network), f"without block {name!r}")
         finally:
             _put(network, name, block)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtorch.data import Digits, Split, load
-from slimtorch.dynamic import DynamicDepth, StochasticDepth, drop_layers_
+from slimtorch.dynamic import DynamicDepth, StochasticDepth, drop_layers_, renew_statistics_
 from slimtorch.experiments import machine
 from slimtorch.experiments.catalogue import Experiment, Progress, Result, Settings
 from slimtorch.experiments.compare import _build_stamp, _check_same
@@ -186,16 +186,9 @@ def drop(config: Mapping[str, Any], data: Digits, needed: Sequence[Record]) -> R
 
 def recalibrated(model: nn.Sequential, split: Split, batch_size: int, steps: int = 20) -> nn.Sequential:
     """A copy whose batch norms have the mean statistics of so many batches of training images."""
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-            module.momentum = None
-    model.train()
-    with torch.no_grad():
-        for images in split.images[: steps * batch_size].split(batch_size):
-            model(images)
-    return model.eval()
+    model = copy.deepcopy(model).eval()
+    renew_statistics_(model, split.images[: steps * batch_size].split(batch_size))
+    return model
 
 
 def network_of(model: nn.Module) -> nn.Sequential:
