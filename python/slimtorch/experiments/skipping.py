@@ -40,7 +40,7 @@ from slimtorch.packing import _judge
 VERSION = 1  # raise it when the code below trains differently
 BLOCKS = 9  # of ResNet-20
 BATCHES = (1, 256)
-ONE_BY_ONE = 32  # images that a sample of the time at batch 1 goes through, as each takes its own path
+ONE_BY_ONE = 16  # images that a sample of the time at batch 1 goes through, as each takes its own path
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Plan:
     survival: float = 0.5
     kept: tuple[int, ...] = (7, 6, 5, 3)
     statistics: int = 240
-    samples: int = 9
+    samples: int = 7
 
 
 def plan(settings: Settings) -> Plan:
@@ -298,7 +298,7 @@ def _each(run: Callable[[Tensor], Tensor], images: Sequence[Tensor]) -> None:
 
 def _frozen(segment: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
     """As the dense rival "frozen": what runs between decisions, without Python."""
-    return torch.jit.optimize_for_inference(torch.jit.trace(segment.eval(), x))  # type: ignore[no-any-return]
+    return torch.jit.optimize_for_inference(torch.jit.trace(segment.eval(), x))
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
