@@ -33,6 +33,7 @@ def test_the_experiment(data: Digits, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(skipping, "load", lambda name, quick: (data, "a few digits"))
     monkeypatch.setattr(skipping, "BATCHES", (1, 16))
     monkeypatch.setattr(skipping, "ONE_BY_ONE", 2)
+    monkeypatch.setattr(skipping, "SAMPLE_SECONDS", 1e-3)
     monkeypatch.setattr(skipping, "dense_rivals", lambda model, x: {"torch": lambda: model(x)})  # others take seconds
     monkeypatch.setattr(skipping, "_frozen", lambda segment, x: segment)
     seen: list[tuple[str, int, int]] = []

@@ -40,6 +40,7 @@ from slimtorch.packing import _judge
 VERSION = 1  # raise it when the code below trains differently
 BLOCKS = 9  # of ResNet-20
 BATCHES = (1, 256)
+SAMPLE_SECONDS = 0.025  # all samples are long, as those of gates are: what disturbs one disturbs the others alike
 ONE_BY_ONE = 16  # images that a sample of the time at batch 1 goes through, as each takes its own path
 
 
@@ -278,7 +279,7 @@ def _times(
                     key = f"{name}/{way}"
                     calls[key] = functools.partial(_each, run, single) if batch == 1 else functools.partial(run, x)
                     images[key] = len(single) if batch == 1 else batch
-            latencies = interleave(calls, samples=chosen.samples)
+            latencies = interleave(calls, samples=chosen.samples, min_sample_seconds=SAMPLE_SECONDS)
             by, values = _judge(list(latencies.values()))
             seconds = {key: value / images[key] for key, value in zip(latencies, values, strict=True)}
             found[str(batch)] = {}

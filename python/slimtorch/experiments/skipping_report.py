@@ -65,6 +65,7 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
         f"mean ± standard deviation over {over_seeds(chosen['seeds'])}; {found['steps']} steps each",
         "us: microseconds per image, b: images in a call; at b1 the mean over the first test images, one by one; ± "
         "over seeds where paths differ. MMACs: million multiply-accumulates per image, gates included.",
+        "The scales of stochastic depth fold into batch norms: time of the whole network.",
         "kept: blocks of the network above, spread evenly or searched on validation images; batch norms then take "
         "their statistics anew.",
         *([f"{' and '.join(noisy)}: other processes at work, 10th percentiles instead of medians."] if noisy else []),
