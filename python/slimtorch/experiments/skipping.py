@@ -86,7 +86,7 @@ class Plan:
 def plan(settings: Settings) -> Plan:
     """The numbers of a quick or a full run."""
     if settings.quick:
-        small = Plan(seeds=2, epochs=8, first=4, short=(3,), gates=((False, 0.3),), kept=(7,), samples=5)
+        small = Plan(seeds=2, epochs=8, first=4, short=(3,), gates=((False, 0.3),), kept=(8,), samples=3)
         return replace(small, seeds=settings.seeds or small.seeds)
     return replace(Plan(), seeds=settings.seeds or Plan.seeds)
 
