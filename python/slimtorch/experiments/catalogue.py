@@ -37,6 +37,7 @@ EXPERIMENTS = {
     "weight-clustering": ("weight_clustering", "bits of shared weights against accuracy, by initialisation"),
     "binary-connect": ("binary_connect", "binary weights as a regularizer: none, deterministic, stochastic, dropout"),
     "binary-net": ("binary_net", "binary weights and activations, trained, packed and timed"),
+    "skipping": ("skipping", "residual blocks skipped: gates per image, dropped layers; measured time"),
     "xnor-net": ("xnor_net", "binary convolutions with scales: full, binary weights, XNOR"),
     "early-exit": ("early_exit", "samples that are sure leave: accuracy against measured time, by threshold"),
 }
