@@ -3,19 +3,60 @@
 
 Skipping: `DynamicDepth` computes a residual block only for the samples that its gate sends there; `StochasticDepth`
 trains a network from which `drop_layers_` then leaves blocks out.
+Widths: `Slimmable` (`slimmable_`) runs at several widths with one set of weights, and `export` takes one of them out.
 """
 
 from slimtorch.dynamic._statistics import renew_statistics_
 from slimtorch.dynamic.depth import DepthReport, DepthRun, DynamicDepth, PooledGate
 from slimtorch.dynamic.drop import DropReport, StochasticDepth, drop_layers_
+from slimtorch.dynamic.slimmable import (
+    Slimmable,
+    SlimmableReport,
+    WidthCost,
+    at_width,
+    export,
+    recalibrate_,
+    set_width,
+    slimmable_,
+    width_of,
+    widths_of,
+)
+from slimtorch.dynamic.slimmable_layers import (
+    Channels,
+    SlimmableBatchNorm1d,
+    SlimmableBatchNorm2d,
+    SlimmableConv1d,
+    SlimmableConv2d,
+    SlimmableLinear,
+)
+from slimtorch.dynamic.slimmable_loss import sandwich_step, sandwich_widths, slimmable_loss
 
 __all__ = [
+    "Channels",
     "DepthReport",
     "DepthRun",
     "DropReport",
     "DynamicDepth",
     "PooledGate",
+    "Slimmable",
+    "SlimmableBatchNorm1d",
+    "SlimmableBatchNorm2d",
+    "SlimmableConv1d",
+    "SlimmableConv2d",
+    "SlimmableLinear",
+    "SlimmableReport",
     "StochasticDepth",
+    "WidthCost",
+    "at_width",
     "drop_layers_",
+    "export",
+    "recalibrate_",
     "renew_statistics_",
+    "sandwich_step",
+    "sandwich_widths",
+    "set_width",
+    "slimmable_",
+    "slimmable_loss",
+    "width_of",
+    "widths_of",
 ]
