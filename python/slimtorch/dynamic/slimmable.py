@@ -203,9 +203,10 @@ def _sides(
                 made = _runs(owners.get((name, True), {}), total, groups)
                 pair = (made, made)
             elif type(module) in _MATRICES:
-                sizes = _sizes(module)
-                pair = tuple(  # type: ignore[assignment]
-                    _runs(owners.get((name, out), {}), size, groups) for out, size in zip((False, True), sizes, strict=True)
+                ins, outs = _sizes(module)
+                pair = (
+                    _runs(owners.get((name, False), {}), ins, groups),
+                    _runs(owners.get((name, True), {}), outs, groups),
                 )
                 if getattr(module, "groups", 1) != 1:
                     pair = (pair[1], pair[1])
@@ -290,7 +291,7 @@ def _replace(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:
     """Puts new modules in the place of old ones, wherever they are referred to as children."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child in made:
+            if child is not None and child in made:
                 parent._modules[name] = made[child]
 
 

@@ -183,8 +183,8 @@ class _Matrix(SlimmableLayer):
 
     def _adopt(self, twin: nn.Linear | nn.Conv1d | nn.Conv2d) -> None:
         """The very parameters of a plain layer: an optimizer that knows them goes on."""
-        self.weight = twin.weight
-        self.bias = twin.bias
+        self.register_parameter("weight", twin._parameters["weight"])
+        self.register_parameter("bias", twin._parameters["bias"])
         self.train(twin.training)
 
 
