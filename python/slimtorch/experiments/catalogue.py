@@ -38,6 +38,7 @@ EXPERIMENTS = {
     "binary-connect": ("binary_connect", "binary weights as a regularizer: none, deterministic, stochastic, dropout"),
     "binary-net": ("binary_net", "binary weights and activations, trained, packed and timed"),
     "skipping": ("skipping", "residual blocks skipped: gates per image, dropped layers; measured time"),
+    "slimmable": ("slimmable", "several widths from one set of weights, against networks trained for each"),
     "xnor-net": ("xnor_net", "binary convolutions with scales: full, binary weights, XNOR"),
     "early-exit": ("early_exit", "samples that are sure leave: accuracy against measured time, by threshold"),
 }
