@@ -7,6 +7,7 @@
     pack_       each layer goes to the format that measured fastest, or stays dense
     save, load  one small file, which loads into a fresh dense model
     measure     parameters, bytes, multiply-accumulates, latency
+    Recipe      all of these in an order, resumable, from Python or one YAML file
 
 Formats are in :mod:`slimtorch.formats`, layers in :mod:`slimtorch.nn`, operators in :mod:`slimtorch.ops`,
 networks of the literature in :mod:`slimtorch.models`.
@@ -22,11 +23,12 @@ except ImportError as error:
         "build it with `pip install .` in the source tree, with the torch that runs it"
     ) from error
 
-from slimtorch import distill, formats, models, nn, ops, prune, quantize, reference, storage
+from slimtorch import distill, formats, models, nn, ops, prune, quantize, recipe, reference, storage
 from slimtorch.measure import Measurement, measure
 from slimtorch.packing import PackReport, pack_
 from slimtorch.prune import prune_
 from slimtorch.quantize import binarize_, cluster_
+from slimtorch.recipe import Recipe
 from slimtorch.storage import FormatError, load, save
 
 __version__: str = _C.version
@@ -36,6 +38,7 @@ __all__ = [
     "FormatError",
     "Measurement",
     "PackReport",
+    "Recipe",
     "__version__",
     "binarize_",
     "cluster_",
@@ -50,6 +53,7 @@ __all__ = [
     "prune",
     "prune_",
     "quantize",
+    "recipe",
     "reference",
     "save",
     "storage",
