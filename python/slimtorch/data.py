@@ -41,8 +41,8 @@ class Digits:
 
 def fingerprint(data: Digits) -> list[int]:
     """Changes with any image or label; on any device."""
-    parts = [tensor.cpu() for split in (data.train, data.validation, data.test) for tensor in (split.images, split.labels)]
-    return [value for part in parts for value in (len(part), zlib.crc32(part.contiguous().numpy().data))]
+    parts = [tensor for split in (data.train, data.validation, data.test) for tensor in (split.images, split.labels)]
+    return [value for part in parts for value in (len(part), zlib.crc32(part.cpu().contiguous().numpy().data))]
 
 
 @lru_cache(maxsize=1)

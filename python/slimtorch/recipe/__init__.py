@@ -9,7 +9,19 @@
     reading      YAML files, whose mistakes are told by line and key
 """
 
-from slimtorch.recipe.phases import Apply, Binarize, Cluster, Distill, Pack, Phase, Prune, Train, Work
+from slimtorch.recipe.phases import (
+    Apply,
+    Binarize,
+    Calibrate,
+    Cluster,
+    Distill,
+    Exits,
+    Pack,
+    Phase,
+    Prune,
+    Train,
+    Work,
+)
 from slimtorch.recipe.reading import RecipeError, read
 from slimtorch.recipe.report import PhaseReport, RecipeReport
 from slimtorch.recipe.run import PhaseError, Recipe, RecipeResult
@@ -17,8 +29,10 @@ from slimtorch.recipe.run import PhaseError, Recipe, RecipeResult
 __all__ = [
     "Apply",
     "Binarize",
+    "Calibrate",
     "Cluster",
     "Distill",
+    "Exits",
     "Pack",
     "Phase",
     "PhaseError",

@@ -6,7 +6,7 @@
     progress.pt        of the training phase that is under way
 
 Every file is whole or not there. The networks are pickled modules, since phases change their structure in ways that
-only the modules know: **read no folder that you do not trust**. What is handed on is a ``.slim`` file, which is no pickle.
+only the modules know: **read no folder that you do not trust**. What is handed on is a ``.slim`` file, which is none.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ def dump(model: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: it cannot be pickled.
     """
-    state = {key: value.detach().clone() for key, value in model.state_dict().items()}
-    plain = copy.deepcopy(model)
+    plain, state = model, {}
     masked = list(masks(model))
     if masked:
+        state = {key: value.detach().clone() for key, value in model.state_dict().items()}
+        plain = copy.deepcopy(model)
         bake_(plain)
     buffer = io.BytesIO()
     try:

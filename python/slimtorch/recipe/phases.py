@@ -7,12 +7,11 @@ is a `Work`.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,6 +20,8 @@ from torch import Tensor, nn
 from slimtorch.data import Digits
 from slimtorch.distill import Distiller, SoftTargets
 from slimtorch.distill.terms import FeatureTerm, OutputTerm, check_weight
+from slimtorch.dynamic import EarlyExit, Entropy, Learned, MaxProbability, Patience
+from slimtorch.measure import eval_mode
 from slimtorch.packing import FORMATS, pack_
 from slimtorch.prune import Magnitude, Neurons, bake_, prune_
 from slimtorch.prune.magnitude import check_count
@@ -152,7 +153,9 @@ class Distill(Train):
                 raise TypeError(f"terms: expected terms such as SoftTargets(), got {term!r}")
         check_weight("hard_weight", self.hard_weight)
         if self.teacher is not None and not isinstance(self.teacher, str):
-            raise TypeError(f"teacher: expected the name of a phase, package.module:function or None, got {self.teacher!r}")
+            raise TypeError(
+                f"teacher: expected the name of a phase, package.module:function or None, got {self.teacher!r}"
+            )
 
     def apply(self, model: nn.Module, work: Work) -> nn.Module:
         if self.teacher is not None and ":" in self.teacher:
@@ -192,7 +195,7 @@ class Prune(Phase):
         train_set = work.data.train
         data = list(zip(train_set.images.split(64), train_set.labels.split(64), strict=True))
         report = prune_(model, self.config, example_inputs=work.example(2), data=data)
-        work.note(_last_note(report.table().notes))
+        work.note(_last_note(report.notes))
         return model
 
 
@@ -237,6 +240,125 @@ class Binarize(Phase):
         return model
 
 
+# --- exits ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exits(Phase):
+    """:class:`slimtorch.dynamic.EarlyExit`: new heads at points of a sequential network, which later phases train.
+
+    A network that is no ``nn.Sequential`` is taken apart into its modules, one after the other; whether that is what
+    it computes is checked.
+
+    A head averages a feature map to at most 4×4 and ends in a linear layer.
+
+    Attributes:
+        exits: point of the backbone → width of a hidden layer of its head, or None for a linear head.
+        criterion: when a sample leaves: "entropy", "max_probability", "patience" or "learned". `Calibrate` sets its
+            thresholds.
+    """
+
+    kind = "early_exit"
+    exits: Mapping[str, int | None]
+    criterion: Literal["entropy", "max_probability", "patience", "learned"] = "entropy"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.exits, Mapping) or not self.exits:
+            raise TypeError(f"exits: expected a mapping from points to a width or None, got {self.exits!r}")
+        for width in self.exits.values():
+            if width is not None:
+                check_count("exits", width, 1)
+        _check_choice("criterion", self.criterion, tuple(CRITERIA))
+
+    def apply(self, model: nn.Module, work: Work) -> nn.Module:
+        x = work.example(2)
+        parts = model if isinstance(model, nn.Sequential) else _in_order(model, x)
+        with eval_mode(model), torch.no_grad():
+            classes = model(x).shape[-1]
+        backbone = EarlyExit(parts, {point: nn.Identity() for point in self.exits})
+        heads: dict[str, nn.Module] = {}
+        with eval_mode(backbone), torch.no_grad():
+            for point, stage in zip(backbone.points, backbone.stages, strict=False):
+                x = stage(x)
+                heads[point] = _head(x, self.exits[point], classes).to(x.device)
+        return EarlyExit(parts, heads, CRITERIA[self.criterion]())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrate(Phase):
+    """:meth:`slimtorch.dynamic.EarlyExit.calibrate_` on the validation images, for exactly one of these goals.
+
+    Attributes:
+        accuracy: share of right answers, in [0, 1].
+        within: as much below the accuracy of the last exit alone, in [0, 1].
+        macs: mean multiply-accumulates for an image.
+    """
+
+    kind = "calibrate"
+    accuracy: float | None = None
+    within: float | None = None
+    macs: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = {n: v for n in ("accuracy", "within", "macs") if (v := getattr(self, n)) is not None}
+        if len(given) != 1:
+            raise ValueError(f"expected exactly one of accuracy, within and macs, got {len(given)}")
+        for name, value in given.items():
+            _check_number(name, value)
+            if name != "macs" and value > 1:
+                raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
+
+    def apply(self, model: nn.Module, work: Work) -> nn.Module:
+        if not isinstance(model, EarlyExit):
+            raise ValueError(f"expected a network with exits (phase early_exit), got {type(model).__name__}")
+        held = work.data.validation
+        data = list(zip(held.images.split(250), held.labels.split(250), strict=True))
+        accuracy = self.accuracy
+        if self.within is not None:
+            with eval_mode(model), torch.no_grad():
+                right = sum(int((model.all_exits(x)[-1].argmax(1) == y).sum()) for x, y in data)
+            accuracy = max(0.0, right / len(held) - self.within)
+        found = model.calibrate_(data, accuracy=accuracy, macs=self.macs)
+        work.note(_last_note(found.table().notes))
+        return model
+
+
+CRITERIA = {"entropy": Entropy, "max_probability": MaxProbability, "patience": Patience, "learned": Learned}
+
+
+def _in_order(model: nn.Module, x: Tensor) -> list[tuple[str, nn.Module]]:
+    """The modules of a network whose forward is one after the other; ValueError where it is not."""
+    parts = list(model.named_children())
+    with eval_mode(model), torch.no_grad():
+        expected, state = model(x), x
+        try:
+            for _, module in parts:
+                state = module(state)
+        except (RuntimeError, TypeError, ValueError):
+            state = x[:0]
+    if state.shape != expected.shape or not torch.allclose(state, expected, rtol=1e-4, atol=1e-5):
+        raise ValueError(
+            f"model: exits need a network that runs its modules one after the other; a {type(model).__name__} does "
+            "something else between them. Write it as an nn.Sequential"
+        )
+    return parts
+
+
+def _head(features: Tensor, hidden: int | None, classes: int) -> nn.Module:
+    layers: list[nn.Module] = []
+    if features.dim() == 4:
+        layers.append(nn.AdaptiveAvgPool2d((min(4, features.shape[2]), min(4, features.shape[3]))))
+        features = layers[0](features)
+    width = features[0].numel()
+    layers.append(nn.Flatten())
+    if hidden is not None:
+        layers += [nn.Linear(width, hidden), nn.ReLU()]
+        width = hidden
+    return nn.Sequential(*layers, nn.Linear(width, classes))
+
+
 # --- faster -----------------------------------------------------------------------------------------------------------
 
 
@@ -272,12 +394,15 @@ class Pack(Phase):
         _check_number("time_budget", self.time_budget)
 
     def apply(self, model: nn.Module, work: Work) -> nn.Module:
-        report = pack_(
-            model, work.example(self.batch), formats=self.formats, objective=self.objective,  # type: ignore[arg-type]
-            min_gain=self.min_gain, time_budget=self.time_budget,
-        )  # fmt: skip
+        options: dict[str, Any] = {
+            "formats": self.formats, "objective": self.objective, "min_gain": self.min_gain,
+            "time_budget": self.time_budget,
+        }  # fmt: skip
+        x = work.example(self.batch)
+        reports = model.pack_(x, **options) if isinstance(model, EarlyExit) else [pack_(model, x, **options)]
         bake_(model)
-        chosen = ", ".join(f"{layer.name or '(model)'} {layer.chosen}" for layer in report.packed)
+        packed = [layer for report in reports for layer in report.packed]
+        chosen = ", ".join(f"{layer.name.removeprefix('stage.') or '(model)'} {layer.chosen}" for layer in packed)
         work.note(f"packed: {chosen or 'nothing, no layer gains'}")
         return model
 
@@ -320,7 +445,8 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {"class": type(value).__name__, **{f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}}
+        held = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"class": type(value).__name__, **held}
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, Sequence):

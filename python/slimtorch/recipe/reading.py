@@ -302,11 +302,11 @@ def _configured(cls: type[Phase]) -> Make:
 def _distill(reader: _Reader, kind: str, at: yaml.Node, nodes: Nodes, where: str) -> Phase:
     """``temperature`` and ``weight`` for soft targets alone, or ``terms``, a list of ``name: {settings}``."""
     rest, terms = dict(nodes), []
-    short = {key: rest.pop(key) for key in ("temperature", "weight") if key in rest}
+    short: dict[str, yaml.Node] = {key: rest.pop(key) for key in ("temperature", "weight") if key in rest}
     node = rest.pop("terms", None)
     if node is None:
         defaults = {} if "weight" in short else {"weight": 0.9}
-        terms.append(reader.settings(distill.SoftTargets, at, short, where, **defaults))
+        terms.append(reader.settings(distill.SoftTargets, at, {**short}, where, **defaults))
     elif short:
         key = next(iter(short))
         raise reader.fail(short[key], f"{where}.{key}", "expected no such key beside 'terms'; give it to a term")
@@ -329,5 +329,5 @@ def _distill(reader: _Reader, kind: str, at: yaml.Node, nodes: Nodes, where: str
 KINDS: dict[str, Make] = {
     "train": _of(phases.Train), "distill": _distill, "prune": _configured(phases.Prune),
     "cluster": _configured(phases.Cluster), "binarize": _configured(phases.Binarize), "pack": _of(phases.Pack),
-    "apply": _of(phases.Apply),
+    "early_exit": _of(phases.Exits), "calibrate": _of(phases.Calibrate), "apply": _of(phases.Apply),
 }  # fmt: skip

@@ -34,7 +34,6 @@ from slimtorch.measure import (
     count_macs,
     count_parameters,
     device_of,
-    eval_mode,
     interleave,
     memory_bytes,
     threads_of_torch,
@@ -181,19 +180,22 @@ class Recipe:
             TypeError: ``model`` or ``data`` of another kind.
         """
         told = show or (lambda stage, done, total: None)
-        with tempfile.TemporaryDirectory() as temporary, _own_random_numbers():
-            with threads_of_torch(self.threads) as threads:
-                digits, words = _data_of(self.data if data is None else data)
-                torch.manual_seed(self.seed)
-                start = _model_of(self.model if model is None else model)
-                kept = Folder(Path(temporary) if folder is None else Path(folder))
-                kept.claim(self._asked(start, digits))
-                digits = _to(digits, device_of(start, (digits.test.images,), {}) if _tensors(start) else None)
-                rows = self._phases(kept, start, digits, every, told)
-                self._time(kept, rows, digits, samples, told)
-                last = kept.load(len(self.phases))
-                assert last is not None
-                return RecipeResult(restore(last["model"]), RecipeReport(rows, words, threads))
+        with (
+            tempfile.TemporaryDirectory() as temporary,
+            _own_random_numbers(),
+            threads_of_torch(self.threads) as threads,
+        ):
+            digits, words = _data_of(self.data if data is None else data)
+            torch.manual_seed(self.seed)
+            start = _model_of(self.model if model is None else model)
+            kept = Folder(Path(temporary) if folder is None else Path(folder))
+            kept.claim(self._asked(start, digits))
+            digits = _to(digits, device_of(start, (digits.test.images,), {}) if _tensors(start) else None)
+            rows = self._phases(kept, start, digits, every, told)
+            self._time(kept, rows, digits, samples, told)
+            last = kept.load(len(self.phases))
+            assert last is not None
+            return RecipeResult(restore(last["model"]), RecipeReport(rows, words, threads))
 
     # --- the parts ---
 
@@ -247,7 +249,8 @@ class Recipe:
             return restore(held["model"])
 
         progress = _Progress(kept, index, name, every, show)
-        show(name, 0, 1)
+        if not phase.trains:
+            show(name, 0, 1)
         torch.manual_seed(seed)
         try:
             model = phase.apply(restore(before["model"]), Work(data, seed, progress, network, notes.append))
@@ -285,7 +288,8 @@ class Recipe:
             models = [_baked(kept, index) for index in range(len(rows))]
             calls = {row.name: model for row, model in zip(rows, models, strict=True)}
             times = measure_by_turns(calls, data.test, self.batches, samples, show)
-            text = json.dumps({"asked": asked, "times": {b: {n: asdict(t) for n, t in v.items()} for b, v in times.items()}})
+            found = {batch: {name: asdict(t) for name, t in by_name.items()} for batch, by_name in times.items()}
+            text = json.dumps({"asked": asked, "times": found})
             write_atomically(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
         for row in rows:
             row.latency = {batch: by_name[row.name] for batch, by_name in times.items()}
@@ -321,7 +325,7 @@ def measure_by_turns(
     """
     found: dict[int, dict[str, Latency]] = {}
     with torch.inference_mode():
-        for number, batch in enumerate(batches):
+        for batch in batches:
             x = _cycled(images.images, batch)
             inputs = [x] if batch > 1 else list(images.images[:SINGLES].split(1))
             stage = f"latency, batch {batch}"
