@@ -23,7 +23,7 @@ except ImportError as error:
         "build it with `pip install .` in the source tree, with the torch that runs it"
     ) from error
 
-from slimtorch import distill, formats, models, nn, ops, prune, quantize, recipe, reference, storage
+from slimtorch import distill, dynamic, formats, models, nn, ops, prune, quantize, recipe, reference, storage
 from slimtorch.measure import Measurement, measure
 from slimtorch.packing import PackReport, pack_
 from slimtorch.prune import prune_
@@ -43,6 +43,7 @@ __all__ = [
     "binarize_",
     "cluster_",
     "distill",
+    "dynamic",
     "formats",
     "load",
     "measure",
