@@ -101,7 +101,7 @@ def test_defaults() -> None:
         ("phases:\n  - train: {epochs: 1}\n    pack: {}", 2, r"phases\[0\]: expected one kind of phase, got 2"),
         ("phases:\n  - train: 3", 2, r"phases\[0\].train: expected a mapping .*got 3"),
         ("phases:\n  - train:\n      rate: 1", 3, r"phases\[0\].train: expected the key 'epochs'"),
-        ("phases:\n  - train:\n      epochs: 1\n      rat: 1", 4, r"phases\[0\].train.rat: unknown key; closest: 'rate'"),
+        ("phases:\n  - train:\n      epochs: 1\n      rat: 1", 4, r"phases\[0\].train.rat: unknown key; .*'rate'"),
         ("phases:\n  - train:\n      epochs: 1\n      rate: -1", 4, r"train.rate: expected a finite number above 0"),
         ("phases:\n  - train:\n      epochs: 1\n      rate: 1_e", 4, r"train.rate: expected a number"),
         ("phases:\n  - prune:\n      sparsity: 1.5", 3, r"prune.sparsity: expected a number in \[0, 1\), got 1.5"),
