@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 CODE = 1  # raise it when trials train differently: stored ones are then not used
 BATCHES = (1, 256)
 PACK_BATCH = 64
+EFFORT = {True: (1.5, 5), False: (6.0, 21)}  # quick or not: seconds to pack a network, samples of a latency
 ARMS = {
     "longer": "trained on, nothing else",
     "pruned": "weights pruned",
@@ -246,7 +247,7 @@ def _pack(model: nn.Module, data: Digits, seconds: float) -> tuple[nn.Module, st
 
 def _times(records: Mapping[str, Record], data: Digits, chosen: Plan, quick: bool, progress: Progress) -> Record:
     """Pack the networks of seed 0 and time all of them by turns, beside the best dense code of the original."""
-    seconds, samples = (1.5, 5) if quick else (6.0, 21)
+    seconds, samples = EFFORT[quick]
     torch.manual_seed(0)
     dense = models.LeNet5(chosen.hidden)
     dense.load_state_dict({key: torch.from_numpy(value) for key, value in records["dense-seed0"].arrays.items()})
