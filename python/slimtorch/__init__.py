@@ -4,6 +4,7 @@
     prune_      which weights, blocks or neurons to keep
     cluster_    weights that share few values
     binarize_   layers that train binary weights
+    separate_   convolutions that become depthwise and 1x1
     pack_       each layer goes to the format that measured fastest, or stays dense
     save, load  one small file, which loads into a fresh dense model
     measure     parameters, bytes, multiply-accumulates, latency
@@ -23,7 +24,8 @@ except ImportError as error:
         "build it with `pip install .` in the source tree, with the torch that runs it"
     ) from error
 
-from slimtorch import distill, dynamic, formats, models, nn, ops, prune, quantize, recipe, reference, storage
+from slimtorch import design, distill, dynamic, formats, models, nn, ops, prune, quantize, recipe, reference, storage
+from slimtorch.design import separate_
 from slimtorch.measure import Measurement, measure
 from slimtorch.packing import PackReport, pack_
 from slimtorch.prune import prune_
@@ -42,6 +44,7 @@ __all__ = [
     "__version__",
     "binarize_",
     "cluster_",
+    "design",
     "distill",
     "dynamic",
     "formats",
@@ -57,5 +60,6 @@ __all__ = [
     "recipe",
     "reference",
     "save",
+    "separate_",
     "storage",
 ]

@@ -31,6 +31,7 @@ EXPERIMENTS = {
     "group-lasso": ("group_lasso", "group lasso against magnitude pruning at equal accuracy, with measured time"),
     "importance": ("importance", "what to remove: magnitude, Taylor, SNIP, life-long …, at equal sparsity"),
     "one-shot-vs-iterative": ("one_shot_vs_iterative", "do not prune too much at once: one shot, rounds, gradual"),
+    "separable": ("separable", "3x3 convolutions made depthwise separable: accuracy, MACs, measured time"),
     "deep-compression": ("deep_compression", "prune, share, code: size, error and speed after each step"),
     "weight-clustering": ("weight_clustering", "bits of shared weights against accuracy, by initialisation"),
     "binary-connect": ("binary_connect", "binary weights as a regularizer: none, deterministic, stochastic, dropout"),

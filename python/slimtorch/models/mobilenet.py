@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
+
+from slimtorch.design.blocks import InvertedResidual
 
 
 def mobilenet_v1(classes: int = 1000, channels: int = 3, width: float = 1.0) -> nn.Sequential:
@@ -33,21 +34,6 @@ def mobilenet_v1(classes: int = 1000, channels: int = 3, width: float = 1.0) -> 
 mobilenet = mobilenet_v1
 
 
-class _InvertedResidual(nn.Module):
-    """1x1 to ``factor`` times the channels, depthwise 3x3, 1x1 without activation; added to its input where it fits."""
-
-    def __init__(self, c_in: int, c_out: int, stride: int, factor: int) -> None:
-        super().__init__()
-        hidden = factor * c_in
-        layers = _unit(c_in, hidden, 1, 1, 1) if factor != 1 else []
-        layers += _unit(hidden, hidden, 3, stride, hidden)
-        self.body = nn.Sequential(*layers, nn.Conv2d(hidden, c_out, 1, bias=False), nn.BatchNorm2d(c_out))
-        self.adds = stride == 1 and c_in == c_out
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.body(x) if self.adds else self.body(x)
-
-
 def _unit(c_in: int, c_out: int, kernel: int, stride: int, groups: int) -> list[nn.Module]:
     convolution = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False)
     return [convolution, nn.BatchNorm2d(c_out), nn.ReLU6()]
@@ -70,7 +56,7 @@ def mobilenet_v2(classes: int = 1000, channels: int = 3, width: float = 1.0) -> 
     plan = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
     for factor, c_out, count, stride in plan:
         for index in range(count):
-            layers.append(_InvertedResidual(c_in, scaled(c_out), 1 if index else stride, factor))
+            layers.append(InvertedResidual(c_in, scaled(c_out), 1 if index else stride, factor))
             c_in = scaled(c_out)
     last = scaled(1280) if width > 1 else 1280
     layers += _unit(c_in, last, 1, 1, 1)
