@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.nn.functional as F
 
-from slimtorch import distill, prune, quantize, recipe
+from slimtorch import design, distill, prune, quantize, recipe
+from slimtorch.data import digits
 from slimtorch.recipe.reading import KINDS, parse
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +38,7 @@ phases:
       terms:
         - soft_targets: {temperature: 2, weight: 0.3}
         - hint: {student: stages.0.pool1, teacher: pool1}
+  - separate: {layers: {"conv*": {multiplier: 2}}, objective: null, samples: 0}
   - cluster: {bits: 3, init: density}
   - cluster: {name: grid, layers: {fc1: {method: uniform, bits: 5}}}
   - binarize: {method: xnor_net, first: binary}
@@ -58,6 +62,7 @@ def test_every_key_arrives() -> None:
                        hard_weight=0.5),
         recipe.Distill(epochs=1, terms=(distill.SoftTargets(temperature=2, weight=0.3),
                                         distill.Hint("stages.0.pool1", "pool1"))),
+        recipe.Separate(config={"conv*": design.Separable(multiplier=2)}, objective=None, samples=0),
         recipe.Cluster(config=quantize.KMeans(bits=3, init="density")),
         recipe.Cluster(config={"fc1": quantize.Uniform(bits=5)}, name="grid"),
         recipe.Binarize(config=quantize.XnorNet(first="binary")),
@@ -139,13 +144,33 @@ def test_files(tmp_path: Path) -> None:
         recipe.Recipe.from_yaml(tmp_path / "b.yaml")
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "docs/recipes").glob("*.yaml")), ids=lambda file: file.stem)
-def test_the_examples_are_recipes(file: Path) -> None:
+EXAMPLES = sorted((ROOT / "docs/recipes").glob("*.yaml"))
+
+
+def shortened(phase: recipe.Phase) -> recipe.Phase:
+    if isinstance(phase, recipe.Train):
+        return replace(phase, epochs=0.3)
+    return replace(phase, time_budget=0.05) if isinstance(phase, recipe.Pack) else phase
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_the_examples_run(file: Path) -> None:
     made = recipe.Recipe.from_yaml(file)
-    assert made.model is not None
-    kinds = [phase.kind for phase in made.phases]
-    assert {"train", "prune", "distill", "cluster", "early_exit", "calibrate"} <= set(kinds)
-    assert kinds[-1] == "pack"
+    short = replace(made, phases=[shortened(phase) for phase in made.phases], batches=(2,))
+    result = short.run(data=digits(200, 100, 100), samples=1)
+    rows = result.report.phases
+    assert [row.kind for row in rows[1:]] == [phase.kind for phase in made.phases]
+    assert rows[-1].bytes_file is not None
+    assert rows[-1].bytes_file < 0.05 * (rows[1].bytes_file or 0)
+    assert all(set(row.latency) == {2} for row in rows)
+
+
+def test_the_readme_has_the_example() -> None:
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    shown, whole = parse(block).recipe, recipe.Recipe.from_yaml(ROOT / "docs/recipes/digits.yaml")
+    assert shown.model == whole.model
+    assert shown.phases[:-1] == whole.phases[:-1]
+    assert shown.phases[-1].kind == whole.phases[-1].kind == "pack"
 
 
 def test_an_error_of_a_phase_is_told_with_its_line() -> None:

@@ -99,6 +99,20 @@ def test_phases_are_the_verbs(data: Digits) -> None:
     assert (model.fc2.weight == 0).float().mean() == pytest.approx(0.8, abs=0.01)
 
 
+def test_separated_layers_are_fitted_to_training_images(data: Digits) -> None:
+    torch.manual_seed(2)
+    model = slim.models.LeNet5((3, 4, 8))
+    phase = recipe.Separate(config={"conv2": slim.design.Separable(multiplier=2)}, objective=None, samples=100)
+    fitted = recipe.Recipe([phase], batches=()).run(model, data)
+    trained = recipe.Recipe([phase, recipe.Train(epochs=0.5)], batches=()).run(model, data)
+    images = list(data.train.images[:100].split(64))
+    slim.separate_(model, {"conv2": slim.design.Separable(multiplier=2)}, images[0], images, objective=None)
+    assert fitted.report.phases[1].note == "separated: conv2"
+    assert same(fitted.model, model)
+    assert list(states(trained.model)) == list(states(model))
+    assert not same(trained.model, model)
+
+
 def test_masks_hold_in_later_training_and_are_gone_after_packing(data: Digits) -> None:
     phases = [
         recipe.Prune(config=slim.prune.Magnitude(0.9)),
@@ -351,6 +365,9 @@ T = recipe.Train(epochs=1)
         (lambda: recipe.Pack(formats="spars"), ValueError, "closest: 'sparse'"),
         (lambda: recipe.Exits(exits={}), TypeError, "exits: expected a mapping"),
         (lambda: recipe.Exits(exits={"a": 0}), ValueError, "exits: expected at least 1"),
+        (lambda: recipe.Separate(config=3), TypeError, "config: expected Separable"),  # type: ignore[arg-type]
+        (lambda: recipe.Separate(objective="sise"), ValueError, "closest: 'size'"),  # type: ignore[arg-type]
+        (lambda: recipe.Separate(samples=-1), ValueError, "samples: expected at least 0"),
         (lambda: recipe.Calibrate(), ValueError, "exactly one of accuracy, within and macs, got 0"),
         (lambda: recipe.Calibrate(accuracy=2), ValueError, r"accuracy: expected a number in \[0, 1\]"),
         (lambda: recipe.Apply(function=3), TypeError, "function: expected a function"),  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from slimtorch.recipe.phases import (
     Pack,
     Phase,
     Prune,
+    Separate,
     Train,
     Work,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "RecipeError",
     "RecipeReport",
     "RecipeResult",
+    "Separate",
     "Train",
     "Work",
     "read",

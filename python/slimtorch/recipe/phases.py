@@ -11,13 +11,14 @@ import dataclasses
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from slimtorch.data import Digits
+from slimtorch.design import Separable, separate_
 from slimtorch.distill import Distiller, SoftTargets
 from slimtorch.distill.terms import FeatureTerm, OutputTerm, check_weight
 from slimtorch.dynamic import EarlyExit, Entropy, Learned, MaxProbability, Patience
@@ -237,6 +238,44 @@ class Binarize(Phase):
     def apply(self, model: nn.Module, work: Work) -> nn.Module:
         report = binarize_(model, self.config)
         work.note(f"{len(report.binarized)} of {len(report.layers)} layers binarized")
+        return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Separate(Phase):
+    """:func:`slimtorch.separate_`: convolutions become depthwise and 1x1 ones, fitted to training images.
+
+    Attributes:
+        config: a `Separable`, or a mapping from glob of layer names to one or None.
+        objective: "latency" (measured, so that the choice may differ from run to run), "size", or None for all layers.
+        min_gain: share of the time that a layer must gain.
+        batch: images that layers are raced on.
+        samples: training images that the new weights are fitted to; 0: none.
+    """
+
+    kind = "separate"
+    config: Separable | Mapping[str, Any] = field(default_factory=Separable)
+    objective: Literal["latency", "size"] | None = "latency"
+    min_gain: float = 0.05
+    batch: int = PACK_BATCH
+    samples: int = 512
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_config(self.config, (Separable,))
+        if self.objective is not None:
+            _check_choice("objective", self.objective, ("latency", "size"))
+        _check_number("min_gain", self.min_gain)
+        check_count("batch", self.batch, 1)
+        check_count("samples", self.samples, 0)
+
+    def apply(self, model: nn.Module, work: Work) -> nn.Module:
+        data = list(work.example(self.samples).split(64)) if self.samples else None
+        report = separate_(
+            model, self.config, work.example(self.batch), data, objective=self.objective, min_gain=self.min_gain
+        )
+        kept = [layer.name or "(model)" for layer in report.replaced]
+        work.note(f"separated: {', '.join(kept) or 'nothing, no layer gains'}")
         return model
 
 

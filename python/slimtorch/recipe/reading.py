@@ -27,13 +27,14 @@ from typing import Any
 
 import yaml
 
-from slimtorch import distill, prune, quantize
+from slimtorch import design, distill, prune, quantize
 from slimtorch.recipe import phases
 from slimtorch.recipe.phases import Phase, closest
 from slimtorch.recipe.run import PhaseError, Recipe
 
 METHODS: dict[str, dict[str, Any]] = {
     "prune": {"magnitude": prune.Magnitude, "neurons": prune.Neurons},
+    "separate": {"separable": design.Separable},
     "cluster": {"kmeans": quantize.KMeans, "uniform": quantize.Uniform},
     "binarize": {
         "binary_connect": quantize.BinaryConnect, "binary_net": quantize.BinaryNet,
@@ -287,12 +288,13 @@ def _of(cls: type[Phase]) -> Make:
 
 
 def _configured(cls: type[Phase]) -> Make:
-    """A phase with a configuration, whose keys stand beside ``name``."""
+    """A phase with a configuration, whose keys stand beside the phase's own."""
+    own = [f.name for f in dataclasses.fields(cls) if f.name != "config"]
 
     def make(reader: _Reader, kind: str, at: yaml.Node, nodes: Nodes, where: str) -> Phase:
-        rest = dict(nodes)
-        name = {"name": rest.pop("name")} if "name" in rest else {}
-        made = reader.settings(cls, at, name, where, config=reader.config(kind, at, rest, where))
+        rest = {key: node for key, node in nodes.items() if key not in own}
+        mine = {key: node for key, node in nodes.items() if key in own}
+        made = reader.settings(cls, at, mine, where, config=reader.config(kind, at, rest, where))
         assert isinstance(made, Phase)
         return made
 
@@ -329,5 +331,6 @@ def _distill(reader: _Reader, kind: str, at: yaml.Node, nodes: Nodes, where: str
 KINDS: dict[str, Make] = {
     "train": _of(phases.Train), "distill": _distill, "prune": _configured(phases.Prune),
     "cluster": _configured(phases.Cluster), "binarize": _configured(phases.Binarize), "pack": _of(phases.Pack),
-    "early_exit": _of(phases.Exits), "calibrate": _of(phases.Calibrate), "apply": _of(phases.Apply),
+    "separate": _configured(phases.Separate), "early_exit": _of(phases.Exits), "calibrate": _of(phases.Calibrate),
+    "apply": _of(phases.Apply),
 }  # fmt: skip
