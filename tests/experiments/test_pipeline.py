@@ -67,9 +67,10 @@ def test_run(data: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert [str(t) for t in pipeline.tables(found)] == [str(t) for t in result.tables]
     assert all(len(line) <= 100 for table in result.tables for line in str(table).splitlines())
     assert len(result.tables[0].rows) == 1 + len(pipeline.ARMS)
-    ((name, _, figure),) = pipeline.figures(found)
-    assert name == "pipeline"
-    figure.draw_without_rendering()
+    figures = pipeline.figures(found)
+    assert [name for name, _, _ in figures] == ["pipeline", "pipeline-phases"]
+    for _, _, figure in figures:
+        figure.draw_without_rendering()
     assert "small scale" in result.lead
 
     seen.clear()

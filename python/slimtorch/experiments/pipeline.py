@@ -391,7 +391,7 @@ def _row(found: Mapping[str, Any], title: str, phase: Mapping[str, Any], timed: 
 
 
 def figures(found: Mapping[str, Any]) -> list[tuple[str, str, Figure]]:
-    """Accuracy against measured latency, the way of the combination through it; area is the size of the file."""
+    """Accuracy against measured latency, area the size of the file; and the combination phase by phase."""
     from matplotlib.collections import PathCollection
 
     from slimtorch.experiments.plots import COLORS, new_figure, plain_ticks
@@ -402,11 +402,6 @@ def figures(found: Mapping[str, Any]) -> list[tuple[str, str, Figure]]:
         times = found["times"][str(batch)]
         shown = {"dense": ("dense", rows["dense"][-1])}
         shown |= {arm: (title, rows[arm][-1]) for arm, title in ARMS.items() if arm != "longer"}
-        way = [(_best(times, f"phase:{p['name']}"), 100 * _mean(p["test"])) for p in rows["combined"]]
-        way = [(_best(times, "dense"), 100 * _mean(rows["dense"][-1]["test"])), *way]
-        way.append((_best(times, "combined"), way[-1][1]))
-        axis.plot([1e6 * x for x, _ in way], [y for _, y in way], color="#bbbbbb", linewidth=1, zorder=1,
-                  label="phases of the combination")  # fmt: skip
         for color, (name, (title, phase)) in zip(("black", *COLORS), shown.items(), strict=False):
             y = [100 * value for value in phase["test"]]
             bar = statistics.stdev(y) if len(y) > 1 else 0.0
@@ -428,7 +423,37 @@ def figures(found: Mapping[str, Any]) -> list[tuple[str, str, Figure]]:
         "Test accuracy against measured latency: each method alone, and all of them; the area of a point is the size "
         "of the file. Bars: ± 1 sd over seeds."
     )
-    return [("pipeline", caption, figure)]
+    return [("pipeline", caption, figure), ("pipeline-phases", "The combination, phase by phase.", _way(found))]
+
+
+def _way(found: Mapping[str, Any]) -> Figure:
+    """Accuracy, size and latency after each phase."""
+    from slimtorch.experiments.plots import COLORS, band, new_figure, plain_ticks
+
+    rows = found["rows"]
+    phases = [rows["dense"][-1], *rows["combined"]]
+    timed = ["dense", *(f"phase:{phase['name']}" for phase in rows["combined"]), "combined"]
+    names = ["dense", *(phase["name"] for phase in rows["combined"]), "packed"]
+    figure, (accuracy, size, latency) = new_figure(3, width=4.4)
+    x = list(range(len(names)))
+    band(accuracy, x[:-1], [[100 * v for v in row] for row in zip(*(p["test"] for p in phases), strict=True)], None,
+         COLORS[0], marker="o")  # fmt: skip
+    accuracy.set_ylabel("test accuracy, %")
+    kib = [_mean(phase["bytes_file"]) / 1024 for phase in phases] + [found["sizes"]["combined"] / 1024]
+    size.plot(x, kib, marker="o", color=COLORS[0])
+    size.set_ylabel("file, KiB")
+    for color, (batch, times) in zip(COLORS[2:], found["times"].items(), strict=False):
+        base = _best(times, "dense")
+        latency.plot(x, [_best(times, name) / base for name in timed], marker="o", color=color, label=f"batch {batch}")
+    latency.axhline(1, color="black", linewidth=1)
+    latency.set_ylabel("latency / best dense")
+    latency.set_ylim(bottom=0)
+    latency.legend(fontsize=8, frameon=False)
+    size.set_yscale("log")
+    plain_ticks(size.yaxis)
+    for axis in (accuracy, size, latency):
+        axis.set_xticks(x, names, rotation=45, ha="right", fontsize=8)
+    return figure
 
 
 EXPERIMENT = Experiment(
