@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EarlyExit: who leaves, that nothing depends on the batch, thresholds, deadlines, and that it is an ordinary module."""
+"""EarlyExit: who leaves, that nothing depends on the batch, thresholds, deadlines, an ordinary module."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def build(criterion: Criterion | None = None, **options: Any) -> EarlyExit:
             flat=nn.Flatten(), last=nn.Linear(32, 5),
         )
     )  # fmt: skip
-    heads = {"relu2": nn.Sequential(nn.Flatten(), nn.Linear(32, 5)), "pool": nn.Sequential(nn.Flatten(), nn.Linear(64, 5))}
+    heads = {point: nn.Sequential(nn.Flatten(), nn.Linear(size, 5)) for point, size in (("relu2", 32), ("pool", 64))}
     model = EarlyExit(backbone, heads, criterion or Entropy(0.9), **options)
     with torch.no_grad():
         for head in model.heads:
@@ -107,8 +107,13 @@ def states(model: EarlyExit) -> list[Tensor]:
 class Drift(nn.Module):
     """Rounding made visible: logits depend on the number of rows in the sixth digit."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.same = nn.Linear(2, 2, bias=False)
+        nn.init.eye_(self.same.weight)
+
     def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1)[:, :2] * torch.tensor([1.0, 0.0]) * (1 + 2e-6 * len(x))
+        return self.same(x) * torch.tensor([1.0, 0.0]) * (1 + 2e-6 * len(x))
 
 
 def drifting(margin: float | None, criterion: Criterion) -> EarlyExit:
@@ -132,9 +137,11 @@ def test_no_answer_depends_on_the_batch() -> None:
         if margin is None:
             assert whole.alone == 2  # and its mirror image, as sure of the other class
             assert whole.exits[20] == 1
+            lone = trusting.run(x[20:21]).macs
+            assert whole.macs[20] == lone + trusting.run(x[31:]).macs  # the first exit twice, the second once
         else:
             assert torch.equal(whole.logits, torch.cat([run.logits for run in single]))
-            assert whole.alone == 32
+            assert whole.alone == 0  # nobody twice
         for size in (2, 5, 31):
             parts = [model.run(part) for part in x.split(size)]
             assert torch.cat([part.exits for part in parts]).tolist() == whole.exits.tolist()
@@ -244,7 +251,7 @@ def test_copies_states_and_casts() -> None:
     half = copy.deepcopy(model).to(torch.bfloat16)
     assert half.criterion.cuts.dtype == torch.float64
     assert half(X.bfloat16()).dtype == torch.bfloat16
-    with pytest.raises(RuntimeError, match="size mismatch|Missing key|Unexpected key"):
+    with pytest.raises(RuntimeError, match=r"size mismatch|Missing key|Unexpected key"):
         build(Learned()).load_state_dict(model.state_dict())
 
 
@@ -266,21 +273,54 @@ def test_exported_segments() -> None:
 
 
 def test_packed_layers_inside() -> None:
-    torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 64), nn.ReLU(), nn.Linear(64, 5))
-    model = EarlyExit(backbone, {"2": nn.Linear(1024, 5)}, MaxProbability(0.3)).eval()
-    slim.prune_(model, slim.prune.Magnitude(sparsity=0.9))
+    model = build()
+    slim.prune_(model, slim.prune.Magnitude(sparsity=0.8))
     slim.prune.bake_(model)
+    first = model.all_exits(X)[0].detach().double().softmax(1)
+    entropies = -(first * first.log()).sum(1)
+    model.criterion = Entropy(float(entropies.sort().values[19:21].mean()))
+    model.criterion.bind(2)
     pruned = model.run(X)
-    assert 0 < int((pruned.exits == 0).sum()) < 40
-    reports = model.pack_(X, formats="sparse", min_gain=20.0, objective="size", time_budget=0.5)
-    assert len(reports) == 2
-    kinds = {type(m).__name__ for m in model.modules()}
-    assert kinds >= {"SparseLinear", "SparseConv2d"}
+    assert 15 < int((pruned.exits == 0).sum()) < 25
+    kinds = {nn.Linear: slim.nn.SparseLinear, nn.Conv2d: slim.nn.SparseConv2d}
+    for stage in [*model.stages, *model.heads]:
+        for name, module in list(stage.named_children()):
+            if type(module) in kinds:
+                setattr(stage, name, kinds[type(module)].from_dense(module))
+    assert not any(type(module) in kinds for module in model.modules())
     packed = model.run(X)
     torch.testing.assert_close(packed.logits, pruned.logits)
     assert packed.exits.tolist() == pruned.exits.tolist()
-    assert int(packed.macs.max()) < int(pruned.macs.max()) / 5
+    assert int(packed.macs.max()) < int(pruned.macs.max()) / 3
+    rows = torch.export.Dim("rows", min=1, max=64)
+    program = torch.export.export(model.segments()[0], (X[:8],), dynamic_shapes=({0: rows},)).module()
+    torch.testing.assert_close(program(X)[1], model.all_exits(X)[0])
+
+
+def test_pack_sees_what_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    exits = model.run(X).exits
+    seen: list[int] = []
+
+    def record(segment: nn.Module, example_inputs: Any, **options: Any) -> str:
+        assert options == {"objective": "size"}
+        seen.append(len(example_inputs[0]))
+        return "report"
+
+    monkeypatch.setattr("slimtorch.dynamic.early_exit.pack_", record)
+    assert model.pack_(X, objective="size") == ["report"] * 3
+    assert seen == [40, int((exits >= 1).sum()), int((exits >= 2).sum())]
+    seen.clear()
+    model.criterion.cuts.fill_(-math.inf)
+    model.pack_(X, objective="size")
+    assert seen == [40, 1, 1]  # somebody has to
+
+
+def test_packing_as_a_whole() -> None:
+    model = build()
+    reports = model.pack_(X, time_budget=0.2)
+    assert [len(report.layers) for report in reports] == [2, 2, 1]  # each segment's layers, its head's too
+    torch.testing.assert_close(model(X), build()(X))
 
 
 def test_saved_and_loaded(tmp_path: Any) -> None:
@@ -377,8 +417,9 @@ def staged(criterion: Criterion) -> tuple[EarlyExit, Tensor, Tensor]:
     return EarlyExit(backbone, {"a": Column(0), "b": Column(1)}, criterion, margin=0.0).eval(), truth + noise, labels
 
 
-@pytest.mark.parametrize("criterion", [Entropy(), MaxProbability(), Learned(), Patience()], ids=lambda c: type(c).__name__)
-def test_calibration(criterion: Criterion) -> None:
+@pytest.mark.parametrize("kind", [Entropy, MaxProbability, Learned, Patience])
+def test_calibration(kind: type[Criterion]) -> None:
+    criterion = kind()  # type: ignore[call-arg]
     model, x, labels = staged(criterion)
     data = list(zip(x.split(150), labels.split(150), strict=True))
     for goal in (0.93, 0.97):
@@ -429,11 +470,11 @@ def test_learned_knows_more_than_one_number() -> None:
 
 def test_goals_that_cannot_be_met() -> None:
     model, x, labels = staged(Entropy(0.4))
-    with pytest.raises(ValueError, match="accuracy: expected at most 1.0000|accuracy: expected a share"):
+    with pytest.raises(ValueError, match=r"accuracy: expected a share in \[0, 1\], got 1.01"):
         model.calibrate_([(x, labels)], accuracy=1.01)
     with pytest.raises(ValueError, match=r"accuracy: expected at most 0\.9\d+, the best of these exits"):
         model.calibrate_([(x, 1 - labels), (x, labels), *[(x, labels)] * 30], accuracy=0.999)
-    with pytest.raises(ValueError, match="macs: expected at least 1 per sample, the least of these exits, got 0.5"):
+    with pytest.raises(ValueError, match=r"macs: expected at least 1 per sample, the least of these exits, got 0.5"):
         model.calibrate_([(x, labels)], macs=0.5)
     assert model.criterion.thresholds == pytest.approx([0.4, 0.4])
     for options in ({}, {"accuracy": 0.9, "macs": 2}):
@@ -467,8 +508,8 @@ def test_deadline() -> None:
     assert run.exits.tolist() == [0] * 4  # the second would be late
     assert run.seconds < 0.045
     assert model.predict(x, sum(seconds) * 1.5).exits.tolist() == [2] * 4
-    for deadline, error in ((0, ValueError), (-1.0, ValueError), (math.nan, ValueError), ("1", TypeError), (True, TypeError)):
-        with pytest.raises(error, match="deadline: expected seconds"):
+    for deadline in (0, -1.0, math.nan, "1", True):
+        with pytest.raises((TypeError, ValueError), match="deadline: expected seconds"):
             model.predict(x, deadline)
 
 
@@ -496,14 +537,14 @@ def test_bad_input() -> None:
     cases: list[tuple[Any, Any, dict[str, Any], type[Exception], str]] = [
         (linear, {"a": linear}, {}, TypeError, "backbone: expected an nn.Sequential or a sequence"),
         ([linear], {"a": linear}, {}, TypeError, r"backbone: expected pairs \(name, module\)"),
-        ([parts[0], parts[0]], {"first": linear}, {}, ValueError, "backbone: expected names of their own, got 'first' twice"),
+        ([parts[0], parts[0]], {"first": linear}, {}, ValueError, "names of their own, got 'first' twice"),
         (parts, {}, {}, ValueError, "exits: expected one or more, got none"),
         (parts, {"first": 3}, {}, TypeError, "exits: expected a mapping"),
         (parts, {"secnd": linear}, {}, ValueError, "exits: the backbone has no point 'secnd'; closest names: 'second'"),
         ([("b", block), *parts], {"b.inner": linear}, {}, ValueError, "'b.inner' lies inside 'b', a ModuleDict"),
         (parts, {"third": linear}, {}, ValueError, "exits: 'third' is the end of the backbone"),
         (parts, {"first": linear}, {"criterion": 0.5}, TypeError, "criterion: expected one of slimtorch.dynamic's"),
-        (parts, {"first": linear}, {"criterion": Entropy([1, 2])}, ValueError, "threshold: expected one, or one for each of 1"),
+        (parts, {"first": linear}, {"criterion": Entropy([1, 2])}, ValueError, "one for each of 1 exits, got 2"),
         (parts, {"first": linear}, {"margin": -1}, ValueError, "margin: expected 0 or more"),
     ]  # fmt: skip
     for backbone, exits, options, error, message in cases:

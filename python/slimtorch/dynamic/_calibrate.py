@@ -155,7 +155,7 @@ def _choose(
         good = [each for each in found if each[0].accuracy >= accuracy]
         if not good:
             best = max(option.accuracy for option, _ in found)
-            raise ValueError(f"accuracy: expected at most {best:.4f}, the best of these exits on these data, got {accuracy}")
+            raise ValueError(f"accuracy: expected at most {best:.4f}, the best of these exits here, got {accuracy}")
         return min(good, key=lambda each: (each[0].macs, -each[0].accuracy))
     assert macs is not None
     cheap = [each for each in found if each[0].macs <= macs]

@@ -8,7 +8,7 @@
 logit depend on the batch, and with them a decision that hangs on these bits. No margin added to a threshold mends that:
 it moves the place where decisions flip. Here a sample whose decision or answer is closer than the margin leaves the
 batch and is run again, alone, from the start. What comes out is what a batch of one gives, always: far from a threshold
-because rounding cannot reach it, close to one because it *was* a batch of one. Few samples are close, so it costs little.
+because rounding cannot reach it, close to one because it *was* a batch of one. Few samples are: it costs little.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ MARGINS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch
 
 @dataclass
 class Walk:
-    """What came of a batch of n: logits [n, classes], exits int64 [n] (numbers from 0), and how many entered each
-    segment: ``entered``, samples run again alone included; ``alone`` are those samples' numbers."""
+    """What came of a batch of n: logits [n, classes], exits int64 [n], numbers from 0.
+
+    ``again``: sample that was run again, alone → the exit up to which it had come with the batch.
+    """
 
     logits: Tensor
     exits: np.ndarray
-    entered: list[int]
-    alone: list[int] = field(default_factory=list)
+    again: dict[int, int] = field(default_factory=dict)
 
 
 def rows_of(state: State, index: Tensor) -> State:
@@ -72,21 +73,19 @@ def walk(
     first = x
     while not isinstance(first, Tensor):
         first = first[0]
-    count, entered = len(first), [0] * len(segments)
-    last = len(segments) - 1
+    count, last = len(first), len(segments) - 1
     if count > 1 and margin == float("inf"):
-        return _alone(segments, x, criterion, list(range(count)), entered)
+        return _alone(segments, x, criterion, range(count))
     if count == 1:
-        return _walk_one(segments, x, criterion, proceed, entered)
+        return _walk_one(segments, x, criterion, proceed)
     active: np.ndarray | None = None  # numbers of the samples still here; None: all
     memory: np.ndarray | None = None
     pieces: list[tuple[np.ndarray | None, Tensor]] = []
     exits = np.full(count, last, dtype=np.int64)
-    again: list[int] = []
+    again: dict[int, int] = {}
     state = x
     for number, segment in enumerate(segments):
         here = count if active is None else len(active)
-        entered[number] += here
         if number == last:
             logits = segment(state)
         else:
@@ -98,7 +97,8 @@ def walk(
                 values = host(logits)
                 close = gap(values) <= bound * (1 + np.abs(values).max(1))
                 if close.any() and proceed is None:
-                    again += np.flatnonzero(close).tolist() if active is None else active[close].tolist()
+                    who = np.flatnonzero(close) if active is None else active[close]
+                    again |= dict.fromkeys(who.tolist(), number)
             if number != last:
                 exits[slice(None) if active is None else active] = number
             pieces.append((active, logits))
@@ -117,7 +117,7 @@ def walk(
         numbers = leaving if active is None else active[leaving]
         exits[numbers] = number
         if bound and proceed is None:
-            again += numbers[decision.close[leaving]].tolist()
+            again |= dict.fromkeys(numbers[decision.close[leaving]].tolist(), number)
         if len(leaving) == here:
             pieces.append((active, logits))
             break
@@ -133,40 +133,33 @@ def walk(
         joined = torch.cat([part for _, part in pieces])
         logits = joined.index_select(0, order.to(joined.device))
     if not again:
-        return Walk(logits, exits, entered)
-    repeated = _alone(segments, x, criterion, again, entered)
-    index = torch.tensor(again)
-    exits[again] = repeated.exits
-    return Walk(logits.index_copy(0, index.to(logits.device), repeated.logits), exits, entered, again)
+        return Walk(logits, exits)
+    repeated = _alone(segments, x, criterion, list(again))
+    index = torch.tensor(list(again))
+    exits[list(again)] = repeated.exits
+    return Walk(logits.index_copy(0, index.to(logits.device), repeated.logits), exits, again)
 
 
 def _walk_one(
     segments: Sequence[Callable[[State], Any]], x: State, criterion: Criterion | None,
-    proceed: Callable[[int, int], bool] | None, entered: list[int],
+    proceed: Callable[[int, int], bool] | None,
 ) -> Walk:  # fmt: skip
     """A batch of one: nothing to gather, nothing to sort."""
     state, memory, last = x, None, len(segments) - 1
     for number, segment in enumerate(segments[:-1]):
-        entered[number] += 1
         state, logits = segment(state)
         if proceed is not None and not proceed(number + 1, 1):
-            return Walk(logits, np.array([number]), entered)
+            return Walk(logits, np.array([number]))
         if criterion is not None:
             leaves, memory = criterion.decide_one(number, logits.detach()[0].tolist(), memory)
             if leaves:
-                return Walk(logits, np.array([number]), entered)
-    entered[last] += 1
-    return Walk(segments[last](state), np.array([last]), entered)
+                return Walk(logits, np.array([number]))
+    return Walk(segments[last](state), np.array([last]))
 
 
 def _alone(
-    segments: Sequence[Callable[[State], Any]], x: State, criterion: Criterion | None, numbers: list[int],
-    entered: list[int],
-) -> Walk:  # fmt: skip
-    """These samples, each as a batch of one; `entered` goes on counting."""
+    segments: Sequence[Callable[[State], Any]], x: State, criterion: Criterion | None, numbers: Sequence[int]
+) -> Walk:
+    """These samples, each as a batch of one."""
     walks = [walk(segments, rows_of(x, torch.tensor([number])), criterion, 0.0) for number in numbers]
-    for single in walks:
-        for index, value in enumerate(single.entered):
-            entered[index] += value
-    exits = np.concatenate([single.exits for single in walks])
-    return Walk(torch.cat([single.logits for single in walks]), exits, entered, numbers)
+    return Walk(torch.cat([single.logits for single in walks]), np.concatenate([single.exits for single in walks]))

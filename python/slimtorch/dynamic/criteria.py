@@ -4,9 +4,10 @@
     logits of an exit ──float64──▶ score, larger where surer ──▶ leaves where score > cut
                                         └─ |score - cut| within rounding ──▶ "close": see `_walk.py`
 
-Scores are on a logarithmic scale (log-odds, minus the logarithm of the entropy): there a rounding error of a logit moves
-a score by about as much, however sure the network is, and thresholds near 0 or 1 lose no digits. Decisions are made on
-the host in float64, a few microseconds for a sample: whether to run another layer is the host's decision anyway.
+Scores are on a logarithmic scale (log-odds, minus the logarithm of the entropy): there a rounding error of a logit
+moves a score by about as much, however sure the network is, and thresholds near 0 or 1 lose no digits. Decisions
+are made on the host in float64, a few microseconds for a sample: whether to run another
+layer is for the host to say anyway.
 """
 
 from __future__ import annotations
@@ -232,7 +233,7 @@ class Learned(Criterion):
     """Leaves where a logistic regression believes in the answer: fitted for each exit by `EarlyExit.calibrate_`.
 
     Its inputs are the log-odds of the largest probability, minus the logarithm of the entropy, and the gap between the
-    two largest logits; it learns whether the exit's answer is the right one. Before it is fitted it is the log-odds alone.
+    two largest logits; it learns whether the exit's answer is the right one. Until then it is the log-odds alone.
 
     Args:
         threshold: probability, in [0, 1], that the answer is right; one for all exits, or one for each before the last.

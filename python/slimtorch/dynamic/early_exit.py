@@ -11,6 +11,7 @@ on validation data for an accuracy or for a budget of multiply-accumulates (`_ca
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import time
 from collections import OrderedDict
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from slimtorch.distill import self_distillation_loss
 from slimtorch.dynamic._calibrate import Calibration, calibrate
-from slimtorch.dynamic._walk import State, rows_of, walk
+from slimtorch.dynamic._walk import State, Walk, rows_of, walk
 from slimtorch.dynamic.criteria import Criterion, Entropy
 from slimtorch.measure import count_macs, eval_mode, interleave
 from slimtorch.packing import PackReport, pack_
@@ -40,7 +41,7 @@ class Run:
         exits: int64 [N], the number of the exit where each sample left, from 0.
         macs: int64 [N], multiply-accumulates really spent on each sample. A sample that was run a second time, alone,
             because its decision was close (see `EarlyExit`) has both.
-        alone: how many samples that were.
+        alone: how many samples those were.
         seconds: of the whole batch.
     """
 
@@ -52,7 +53,7 @@ class Run:
 
 
 class Segment(nn.Module):
-    """A piece of the backbone with the head at its end: ``state -> (state, logits)``, the last one ``state -> logits``."""
+    """A piece of the backbone and the head at its end: ``state -> (state, logits)``, the last ``state -> logits``."""
 
     def __init__(self, stage: nn.Module, head: nn.Module | None) -> None:
         super().__init__()
@@ -70,8 +71,8 @@ class EarlyExit(nn.Module):
     ``[N, classes]``; samples that the criterion lets go leave the batch, which really shrinks.
 
     No sample's answer and exit depend on the batch that it came in: where a decision or an answer is closer than
-    ``margin``, which lies far above what the number of rows changes in the last bits of logits, that sample is run again
-    alone. (A network that itself magnifies rounding, by taking signs of activations for example, wants a larger margin.)
+    ``margin``, far above what the number of rows changes in the last bits of logits, that sample is run again alone.
+    (A network that itself magnifies rounding, by taking signs of activations for example, wants a larger margin.)
 
     The backbone's modules are taken over, not copied: its weights are trained and packed here.
 
@@ -81,8 +82,8 @@ class EarlyExit(nn.Module):
             or list of tensors, batch first.
         exits: point → head: a module that makes logits [N, classes] of what that point gives. Any order.
         criterion: when a sample leaves; None: `Entropy(0.3)`.
-        margin: relative to 1 + the largest logit; None: by dtype (float32: 1e-4). 0: trust the batch; ``inf``: run every
-            sample alone.
+        margin: relative to 1 + the largest logit; None: by dtype (float32: 1e-4). 0: trust the batch; ``inf``: run
+            every sample alone.
 
     Raises:
         TypeError: backbone, heads or criterion of another kind.
@@ -117,7 +118,7 @@ class EarlyExit(nn.Module):
         self.points = points
         self.stages = nn.ModuleList(
             nn.Sequential(OrderedDict((name.replace(".", "_"), module) for name, module in parts[a:b]))
-            for a, b in zip(cuts, cuts[1:], strict=False)
+            for a, b in itertools.pairwise(cuts)
         )
         self.heads = nn.ModuleList(exits[point] for point in points)
         self.criterion = Entropy() if criterion is None else criterion
@@ -149,7 +150,7 @@ class EarlyExit(nn.Module):
             start = time.perf_counter()
             found = walk(self._calls(), x, self.criterion, self.margin)
             seconds = time.perf_counter() - start
-        return _run(found.logits, found.exits, found.alone, macs, seconds)
+        return _run(found, macs, seconds)
 
     @torch.no_grad()
     def predict(self, x: State, deadline: float) -> Run:
@@ -183,7 +184,7 @@ class EarlyExit(nn.Module):
             found = walk(self._calls(), x, self.criterion, self.margin, proceed)
             seconds = time.perf_counter() - start
             macs = self._macs(x)
-        return _run(found.logits, found.exits, found.alone, macs, seconds)
+        return _run(found, macs, seconds)
 
     # --- thresholds -------------------------------------------------------------------------------------------------
 
@@ -204,8 +205,8 @@ class EarlyExit(nn.Module):
             What was chosen, and all that was tried; prints as a table.
 
         Raises:
-            ValueError: not exactly one of accuracy and macs; no data; labels that do not fit; a goal that cannot be met,
-                with the best that can. The thresholds are then as they were.
+            ValueError: not exactly one of accuracy and macs; no data; labels that do not fit; a goal that cannot be
+                met, with the best that can. The thresholds are then as they were.
         """
         if (accuracy is None) == (macs is None):
             raise ValueError("accuracy, macs: expected exactly one of them")
@@ -259,7 +260,7 @@ class EarlyExit(nn.Module):
         return torch.tensor(found, dtype=torch.float64)
 
     def segments(self) -> list[Segment]:
-        """One module per segment, each exportable on its own: ``state -> (state, logits)``, the last ``state -> logits``.
+        """One module per segment, exportable on its own: ``state -> (state, logits)``, the last ``state -> logits``.
 
         They share this network's modules. `with_segments` runs what was made of them.
         """
@@ -331,11 +332,13 @@ def _first(state: State) -> Tensor:
     return state
 
 
-def _run(logits: Tensor, exits: np.ndarray, alone: list[int], macs: list[int], seconds: float) -> Run:
-    """What was spent: everything up to the exit; for samples run twice, both times (they left at the same exit)."""
-    cost = np.cumsum(macs)[exits] if len(exits) else np.zeros(0, dtype=np.int64)
-    cost[alone] *= 2
-    return Run(logits, torch.from_numpy(exits), torch.from_numpy(cost), len(alone), seconds)
+def _run(found: Walk, macs: list[int], seconds: float) -> Run:
+    """What was spent: everything up to the exit; for samples run twice, what the batch had spent on them too."""
+    until = np.cumsum(macs)
+    cost = until[found.exits]
+    for number, exit in found.again.items():
+        cost[number] += until[exit]
+    return Run(found.logits, torch.from_numpy(found.exits), torch.from_numpy(cost), len(found.again), seconds)
 
 
 def _parts(backbone: object) -> list[tuple[str, nn.Module]]:
@@ -373,8 +376,8 @@ def _check_point(point: object, parts: list[tuple[str, nn.Module]]) -> None:
             inside = str(point).removeprefix(name + ".")
             if inside != point and inside in dict(module.named_modules()):
                 raise ValueError(
-                    f"exits: {point!r} lies inside {name!r}, a {type(module).__name__}: the backbone does not pass through "
-                    "it alone; expected a module of the sequence itself"
+                    f"exits: {point!r} lies inside {name!r}, a {type(module).__name__}: the backbone does not pass "
+                    "through it alone; expected a module of the sequence itself"
                 )
         near = difflib.get_close_matches(str(point), names, n=3, cutoff=0.3) or names[:3]
         raise ValueError(
@@ -417,7 +420,9 @@ def exit_loss(
     for output in outputs:
         if output.shape != outputs[0].shape or output.shape[:1] != labels.shape[:1]:
             shapes = ", ".join(str(list(each.shape)) for each in outputs)
-            raise ValueError(f"outputs, labels: expected as many rows and classes in all, got {shapes} and {list(labels.shape)}")
+            raise ValueError(
+                f"outputs, labels: expected as many rows and classes in all, got {shapes} and {list(labels.shape)}"
+            )
     total = torch.stack([f * loss_fn(output, labels) for f, output in zip(factors, outputs, strict=True)]).sum()
     if distill_temperature is not None:
         total = total + distill_weight * self_distillation_loss(outputs, distill_temperature)

@@ -37,6 +37,7 @@ EXPERIMENTS = {
     "binary-connect": ("binary_connect", "binary weights as a regularizer: none, deterministic, stochastic, dropout"),
     "binary-net": ("binary_net", "binary weights and activations, trained, packed and timed"),
     "xnor-net": ("xnor_net", "binary convolutions with scales: full, binary weights, XNOR"),
+    "early-exit": ("early_exit", "samples that are sure leave: accuracy against measured time, by threshold"),
     "pipeline": ("pipeline", "pruned, shared, distilled, with an exit: all in one recipe against each alone"),
 }
 

@@ -2,8 +2,8 @@
 """MSDNet: features at several scales side by side, densely connected, with an exit after each block.
 
 Huang et al., "Multi-Scale Dense Networks for Resource Efficient Image Classification" (1703.09844), section 4 and
-appendix A. Coarse features, which a classifier needs, are there from the first layer on; a layer adds to each scale what
-it makes of that scale and of the next finer one.
+appendix A. Coarse features, which a classifier needs, are there from the first layer on; a layer adds to each scale
+what it makes of that scale and of the next finer one.
 
     scale 1  28x28   ● ──▶ ● ──▶ ●                   the finest scale is given up after each third of the layers
                       ╲     ╲     ╲                  (for three scales), and the channels are halved there
@@ -147,7 +147,7 @@ def msdnet(
     if exits < 2 or base < 1 or step < 1:
         raise ValueError(f"exits, base, step: expected at least 2, 1 and 1, got {exits}, {base} and {step}")
     if not factors or len(bottleneck) != len(factors):
-        raise ValueError(f"bottleneck: expected one for each of {len(factors)} scales (1 or more), got {len(bottleneck)}")
+        raise ValueError(f"bottleneck: expected one for each of {len(factors)} scales (1 up), got {len(bottleneck)}")
     if not 0 < reduction <= 1:
         raise ValueError(f"reduction: expected a number in (0, 1], got {reduction!r}")
     if growth * min(factors) < 2:
