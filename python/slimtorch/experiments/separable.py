@@ -99,7 +99,7 @@ class Plan:
 
 
 FULL = Plan({"vgg": 16, "resnet": 16})
-QUICK = Plan({"vgg": 8, "resnet": 8}, seeds=2, epochs=5, tune_epochs=2, samples=7)
+QUICK = Plan({"vgg": 8}, seeds=2, epochs=5, tune_epochs=2, samples=7)
 
 
 def plan(settings: Settings) -> Plan:
