@@ -309,7 +309,8 @@ def compress(
     import sys
     from dataclasses import replace
 
-    sys.path.insert(0, str(Path.cwd()))
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
     try:
         with _plain_errors():
             from slimtorch import storage
@@ -338,7 +339,7 @@ def compress(
         typer.echo("interrupted: what is finished is kept, the same command goes on from there", err=True)
         raise typer.Exit(130) from None
     finally:
-        sys.path.pop(0)
+        sys.path.remove(here)
 
 
 def _print_config(console: Console, name: str, paper: str, config: Mapping[str, Any]) -> None:
