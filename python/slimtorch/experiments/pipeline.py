@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 CODE = 1  # raise it when trials train differently: stored ones are then not used
 BATCHES = (1, 256)
-PACK_BATCH = 64
+TIMING = 2  # raise it when networks are packed or timed differently
 EFFORT = {True: (1.5, 5), False: (6.0, 21)}  # quick or not: seconds to pack a network, samples of a latency
 ARMS = {
     "longer": "trained on, nothing else",
@@ -239,10 +239,10 @@ class _Silent:
         return None
 
 
-def _pack(model: nn.Module, data: Digits, seconds: float) -> tuple[nn.Module, str]:
+def _pack(model: nn.Module, data: Digits, batch: int, seconds: float) -> tuple[nn.Module, str]:
     notes: list[str] = []
     work = Work(data, 0, _Silent(), lambda name: model, notes.append)
-    return Pack(batch=PACK_BATCH, time_budget=seconds).apply(model, work), notes[0].removeprefix("packed: ")
+    return Pack(batch=batch, time_budget=seconds).apply(model, work), notes[0].removeprefix("packed: ")
 
 
 def _times(records: Mapping[str, Record], data: Digits, chosen: Plan, quick: bool, progress: Progress) -> Record:
@@ -251,26 +251,28 @@ def _times(records: Mapping[str, Record], data: Digits, chosen: Plan, quick: boo
     torch.manual_seed(0)
     dense = models.LeNet5(chosen.hidden)
     dense.load_state_dict({key: torch.from_numpy(value) for key, value in records["dense-seed0"].arrays.items()})
-    networks: dict[str, nn.Module] = {}
-    packed: dict[str, str] = {}
-    for number, arm in enumerate(ARMS, 1):
-        arrays = records[f"{arm}-seed0"].arrays
-        if arm == "combined":
-            names = [phase["name"] for phase in records["combined-seed0"].result["phases"]]
-            networks.update((f"phase:{name}", _network(arrays[f"{i:02d}"])) for i, name in enumerate(names, 1))
-        if arm != "longer":  # that one is the dense network with other values
-            networks[arm], packed[arm] = _pack(_network(arrays[max(arrays)]), data, seconds)
-        progress("pack", number, len(ARMS))
-    sizes = {arm: _file_bytes(networks[arm]) for arm in packed}
+    names = [f"phase:{phase['name']}" for phase in records["combined-seed0"].result["phases"]]
+    arrays = records["combined-seed0"].arrays
+    phases = {name: _network(arrays[f"{index:02d}"]) for index, name in enumerate(names, 1)}
     found: dict[str, dict[str, list[float]]] = {}
+    packed: dict[str, dict[str, str]] = {}
+    sizes: dict[str, int] = {}
     for batch in BATCHES:
         x = data.test.images[torch.arange(batch) % len(data.test)]
-        every: dict[str, nn.Module] = dict(networks)
+        networks: dict[str, nn.Module] = dict(phases)
+        packed[str(batch)] = {}
+        for number, arm in enumerate(ARMS, 1):
+            if arm != "longer":  # that one is the dense network with other values
+                held = records[f"{arm}-seed0"].arrays
+                network, packed[str(batch)][arm] = _pack(_network(held[max(held)]), data, batch, seconds)
+                networks[arm], sizes[arm] = network, _file_bytes(network)
+            progress(f"pack, batch {batch}", number, len(ARMS))
+        every = dict(networks)
         for name, network in {"dense": dense, **networks}.items():
             plain = not any(isinstance(module, PackedLayer) for module in network.modules())
             every.update((f"{name}:{how}", way) for how, way in _ways(network, x, dense=plain).items())
         times = measure_by_turns(every, data.test, (batch,), samples, progress)[batch]
-        found[str(batch)] = {name: [t.median, t.p10, t.p90] for name, t in times.items()}
+        found[str(batch)] = {name: [float(f"{v:.4g}") for v in (t.median, t.p10, t.p90)] for name, t in times.items()}
     return Record({"times": found, "packed": packed, "sizes": sizes})
 
 
@@ -298,7 +300,7 @@ def run(settings: Settings, out: Path, progress: Progress) -> Result:
     # Times are kept apart: without this folder they are taken anew, and nothing is trained.
     kept = Store(out / "times")
     stamp = {
-        "code": CODE, "threads": settings.threads, "quick": settings.quick,
+        "code": TIMING, "threads": settings.threads, "quick": settings.quick,
         "networks": [digest({k: int(v.astype(np.int64).sum()) for k, v in records[f"{arm}-seed0"].arrays.items()})
                      for arm in ARMS],
     }  # fmt: skip
@@ -363,13 +365,16 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
         f"{sum(chosen['epochs']):g} more epochs"
     )
     clock = (
-        f"latency of seed 0's networks, packed, {found['machine']['threads']} thread"
+        f"latency of seed 0's networks, packed for that batch, {found['machine']['threads']} thread"
         f"{'' if found['machine']['threads'] == 1 else 's'}, medians, by turns; each runs in the fastest way that "
         "it can: as it is, frozen to TorchScript (with exits: each segment), dense ones in oneDNN's; batch 1: the mean "
         "over 64 images"
     )
-    packed = "; ".join(f"{ARMS[arm]}: {what}" for arm, what in found["packed"].items())
-    first = Table("Combined against each alone", columns, body, [setup, clock, f"packed: {packed}"])
+    chosen_formats = [
+        f"packed for batch {batch}: " + "; ".join(f"{ARMS[arm]}: {what}" for arm, what in packed.items())
+        for batch, packed in found["packed"].items()
+    ]
+    first = Table("Combined against each alone", columns, body, [setup, clock, *chosen_formats])
 
     steps: list[list[object]] = [_row(found, "dense", dense, "dense", base)]
     for phase in rows["combined"]:
@@ -379,7 +384,7 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
     steps.append(_row(found, "packed", last, "combined", base))
     notes = [
         "each row is the network after that phase, masks baked; speed-up over the best dense code of the original",
-        "packing changes no weight; its file is that of seed 0",
+        "packing changes no weight; its file is that of seed 0, packed for the larger batch",
     ]
     return [first, Table("The combination, phase by phase", columns, steps, notes)]
 
