@@ -41,6 +41,7 @@ EXPERIMENTS = {
     "slimmable": ("slimmable", "several widths from one set of weights, against networks trained for each"),
     "xnor-net": ("xnor_net", "binary convolutions with scales: full, binary weights, XNOR"),
     "early-exit": ("early_exit", "samples that are sure leave: accuracy against measured time, by threshold"),
+    "pipeline": ("pipeline", "pruned, shared, distilled, with an exit: all in one recipe against each alone"),
 }
 
 
