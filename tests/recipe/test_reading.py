@@ -38,6 +38,7 @@ phases:
       terms:
         - soft_targets: {temperature: 2, weight: 0.3}
         - hint: {student: stages.0.pool1, teacher: pool1}
+  - factorize: {macs: 0.5, kind: spatial}
   - separate: {layers: {"conv*": {multiplier: 2}}, objective: null, samples: 0}
   - cluster: {bits: 3, init: density}
   - cluster: {name: grid, layers: {fc1: {method: uniform, bits: 5}}}
@@ -62,6 +63,7 @@ def test_every_key_arrives() -> None:
                        hard_weight=0.5),
         recipe.Distill(epochs=1, terms=(distill.SoftTargets(temperature=2, weight=0.3),
                                         distill.Hint("stages.0.pool1", "pool1"))),
+        recipe.Factorize(config=design.LowRank(macs=0.5, kind="spatial")),
         recipe.Separate(config={"conv*": design.Separable(multiplier=2)}, objective=None, samples=0),
         recipe.Cluster(config=quantize.KMeans(bits=3, init="density")),
         recipe.Cluster(config={"fc1": quantize.Uniform(bits=5)}, name="grid"),

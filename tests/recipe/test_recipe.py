@@ -113,6 +113,20 @@ def test_separated_layers_are_fitted_to_training_images(data: Digits) -> None:
     assert not same(trained.model, model)
 
 
+def test_factorized_layers_are_fitted_to_training_images(data: Digits) -> None:
+    torch.manual_seed(2)
+    model = slim.models.LeNet300((20, 10))
+    config = {"*": slim.design.LowRank(ratio=0.4)}
+    phase = recipe.Factorize(config=config, objective="size", samples=100, batch=64)
+    made = recipe.Recipe([phase], batches=()).run(model, data)
+    images = list(data.train.images[:100].split(64))
+    report = slim.factorize_(model, config, images[0], images, objective="size")
+    names = ", ".join(layer.name for layer in report.replaced)
+    assert names
+    assert made.report.phases[1].note == f"factorized: {names}"
+    assert same(made.model, model)
+
+
 def test_masks_hold_in_later_training_and_are_gone_after_packing(data: Digits) -> None:
     phases = [
         recipe.Prune(config=slim.prune.Magnitude(0.9)),
@@ -365,6 +379,7 @@ T = recipe.Train(epochs=1)
         (lambda: recipe.Pack(formats="spars"), ValueError, "closest: 'sparse'"),
         (lambda: recipe.Exits(exits={}), TypeError, "exits: expected a mapping"),
         (lambda: recipe.Exits(exits={"a": 0}), ValueError, "exits: expected at least 1"),
+        (lambda: recipe.Factorize(config=3), TypeError, "config: expected LowRank"),  # type: ignore[arg-type]
         (lambda: recipe.Separate(config=3), TypeError, "config: expected Separable"),  # type: ignore[arg-type]
         (lambda: recipe.Separate(objective="sise"), ValueError, "closest: 'size'"),  # type: ignore[arg-type]
         (lambda: recipe.Separate(samples=-1), ValueError, "samples: expected at least 0"),

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from slimtorch.data import Digits
-from slimtorch.design import Separable, separate_
+from slimtorch.design import LowRank, Separable, factorize_, separate_
+from slimtorch.design._replace import ReplaceReport
 from slimtorch.distill import Distiller, SoftTargets
 from slimtorch.distill.terms import FeatureTerm, OutputTerm, check_weight
 from slimtorch.dynamic import EarlyExit, Entropy, Learned, MaxProbability, Patience
@@ -242,7 +243,55 @@ class Binarize(Phase):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Separate(Phase):
+class _Replace(Phase):
+    """What both phases that put other layers in have in common."""
+
+    objective: Literal["latency", "size"] | None = "latency"
+    min_gain: float = 0.05
+    batch: int = PACK_BATCH
+    samples: int = 512
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.objective is not None:
+            _check_choice("objective", self.objective, ("latency", "size"))
+        _check_number("min_gain", self.min_gain)
+        check_count("batch", self.batch, 1)
+        check_count("samples", self.samples, 0)
+
+    def _apply(self, verb: Callable[..., ReplaceReport], config: Any, word: str, model: nn.Module, work: Work) -> None:
+        data = list(work.example(self.samples).split(64)) if self.samples else None
+        report = verb(model, config, work.example(self.batch), data, objective=self.objective, min_gain=self.min_gain)
+        kept = [layer.name or "(model)" for layer in report.replaced]
+        work.note(f"{word}: {', '.join(kept) or 'nothing, no layer gains'}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factorize(_Replace):
+    """:func:`slimtorch.factorize_`: linear layers and convolutions of low rank, fitted to training images.
+
+    Attributes:
+        config: a `LowRank`, or a mapping from glob of layer names to one or None.
+        objective: "latency" (measured, so that the choice may differ from run to run), "size", or None for all layers.
+        min_gain: share of the time that a layer must gain.
+        batch: images that layers are raced on, and that a budget of MACs or time is for.
+        samples: training images that the new weights are fitted to; 0: none.
+    """
+
+    kind = "factorize"
+    config: LowRank | Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_config(self.config, (LowRank,))
+
+    def apply(self, model: nn.Module, work: Work) -> nn.Module:
+        self._apply(factorize_, self.config, "factorized", model, work)
+        return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Separate(_Replace):
     """:func:`slimtorch.separate_`: convolutions become depthwise and 1x1 ones, fitted to training images.
 
     Attributes:
@@ -255,27 +304,13 @@ class Separate(Phase):
 
     kind = "separate"
     config: Separable | Mapping[str, Any] = field(default_factory=Separable)
-    objective: Literal["latency", "size"] | None = "latency"
-    min_gain: float = 0.05
-    batch: int = PACK_BATCH
-    samples: int = 512
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_config(self.config, (Separable,))
-        if self.objective is not None:
-            _check_choice("objective", self.objective, ("latency", "size"))
-        _check_number("min_gain", self.min_gain)
-        check_count("batch", self.batch, 1)
-        check_count("samples", self.samples, 0)
 
     def apply(self, model: nn.Module, work: Work) -> nn.Module:
-        data = list(work.example(self.samples).split(64)) if self.samples else None
-        report = separate_(
-            model, self.config, work.example(self.batch), data, objective=self.objective, min_gain=self.min_gain
-        )
-        kept = [layer.name or "(model)" for layer in report.replaced]
-        work.note(f"separated: {', '.join(kept) or 'nothing, no layer gains'}")
+        self._apply(separate_, self.config, "separated", model, work)
         return model
 
 

@@ -34,6 +34,7 @@ from slimtorch.recipe.run import PhaseError, Recipe
 
 METHODS: dict[str, dict[str, Any]] = {
     "prune": {"magnitude": prune.Magnitude, "neurons": prune.Neurons},
+    "factorize": {"low_rank": design.LowRank},
     "separate": {"separable": design.Separable},
     "cluster": {"kmeans": quantize.KMeans, "uniform": quantize.Uniform},
     "binarize": {
@@ -331,6 +332,6 @@ def _distill(reader: _Reader, kind: str, at: yaml.Node, nodes: Nodes, where: str
 KINDS: dict[str, Make] = {
     "train": _of(phases.Train), "distill": _distill, "prune": _configured(phases.Prune),
     "cluster": _configured(phases.Cluster), "binarize": _configured(phases.Binarize), "pack": _of(phases.Pack),
-    "separate": _configured(phases.Separate), "early_exit": _of(phases.Exits), "calibrate": _of(phases.Calibrate),
-    "apply": _of(phases.Apply),
+    "factorize": _configured(phases.Factorize), "separate": _configured(phases.Separate),
+    "early_exit": _of(phases.Exits), "calibrate": _of(phases.Calibrate), "apply": _of(phases.Apply),
 }  # fmt: skip
