@@ -373,7 +373,7 @@ def test_mobilenet_blocks_by_name() -> None:
     assert len(model.blocks) == len(names) == 11
     run = model.run(x)
     assert torch.equal(torch.cat([model.run(sample).ran for sample in x.split(1)]), run.ran)
-    with pytest.raises(ValueError, match=r"blocks: '4' \(_InvertedResidual\) turns \[1, 8, 16, 16\] into"):
+    with pytest.raises(ValueError, match=r"blocks: '4' \(InvertedResidual\) turns \[1, 8, 16, 16\] into"):
         DynamicDepth(network, x, blocks="4")
 
 

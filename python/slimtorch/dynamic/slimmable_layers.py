@@ -423,20 +423,21 @@ class _BatchNorm(SlimmableLayer):
             return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
         if not self.training:
             return F.batch_norm(x, *self._statistics(), weight, bias, False, 0.0, self.eps)
-        row, spans = self.row, self.inputs.spans(self.width)
+        row = self.row
         counts = cast(Tensor, self.num_batches_tracked)
         counts[row] += 1
         factor = 1.0 / float(counts[row]) if self.momentum is None else self.momentum
-        mean = self.inputs.take(self.running_mean[row], 0, self.width)
-        variance = self.inputs.take(self.running_var[row], 0, self.width)
+        # Copies: autograd keeps what batch_norm is given, and rows of one buffer count as one tensor to it, so that the
+        # pass of another width before `backward` would spoil this one.
+        mean = self.inputs.take(self.running_mean[row], 0, self.width).clone()
+        variance = self.inputs.take(self.running_var[row], 0, self.width).clone()
         y = F.batch_norm(x, mean, variance, weight, bias, True, factor, self.eps)
-        if len(spans) > 1:  # they were copies
-            with torch.no_grad():
-                offset = 0
-                for start, stop in spans:
-                    self.running_mean[row, start:stop] = mean[offset : offset + stop - start]
-                    self.running_var[row, start:stop] = variance[offset : offset + stop - start]
-                    offset += stop - start
+        with torch.no_grad():
+            offset = 0
+            for start, stop in self.inputs.spans(self.width):
+                self.running_mean[row, start:stop] = mean[offset : offset + stop - start]
+                self.running_var[row, start:stop] = variance[offset : offset + stop - start]
+                offset += stop - start
         return y
 
     def _tracks(self) -> bool:
