@@ -33,6 +33,7 @@ EXPERIMENTS = {
     "one-shot-vs-iterative": ("one_shot_vs_iterative", "do not prune too much at once: one shot, rounds, gradual"),
     "separable": ("separable", "3x3 convolutions made depthwise separable: accuracy, MACs, measured time"),
     "low-rank": ("low_rank", "layers of low rank by SVD, channel, spatial, Tucker, CP: accuracy, MACs, time"),
+    "distillation": ("distillation", "a student from a teacher's soft targets, by temperature; shallow from deep"),
     "deep-compression": ("deep_compression", "prune, share, code: size, error and speed after each step"),
     "weight-clustering": ("weight_clustering", "bits of shared weights against accuracy, by initialisation"),
     "binary-connect": ("binary_connect", "binary weights as a regularizer: none, deterministic, stochastic, dropout"),
