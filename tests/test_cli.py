@@ -2,11 +2,14 @@
 """The command line: help, files written, one clear line for every mistake."""
 
 import json
+import sys
 
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
+import slimtorch as slim
 from slimtorch.cli import app
 from slimtorch.experiments import compare, layers
 from slimtorch.experiments.training import Recipe
@@ -107,3 +110,91 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch, tmp_path):
     result = run("compare", "--out", tmp_path)
     assert result.exit_code == 130
     assert "the same command goes on" in result.output
+
+
+RECIPE = """\
+model: mine:network
+data: mine:data
+measure: {batches: [1, 3], threads: 1}
+phases:
+  - train: {epochs: 1, batch_size: 20}
+  - prune: {sparsity: 0.5}
+  - pack: {time_budget: 0.05, batch: 4}
+"""
+MINE = """\
+from torch import nn
+from slimtorch.data import digits
+def network():
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+def data():
+    return digits(50, 20, 50)
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "small.yaml").write_text(RECIPE)
+    return tmp_path / "small.yaml"
+
+
+def test_compress_writes_report_json_and_model(recipe, tmp_path):
+    result = run("compress", "--recipe", recipe, "--json", tmp_path / "all.json", "--every", 0)
+    assert result.exit_code == 0, result.output
+    for text in ("1-train", "2-prune", "3-pack", "After each phase", "Measured latency", "report.html"):
+        assert text in result.output
+    out = tmp_path / "slimtorch-small"
+    found = json.loads((out / "results.json").read_text())
+    assert json.loads((tmp_path / "all.json").read_text()) == found
+    assert [phase["kind"] for phase in found["phases"]] == ["start", "train", "prune", "pack"]
+    assert "2-prune" in (out / "report.html").read_text()
+    fresh = slim.load(out / "model.slim", nn.Sequential(nn.Flatten(), nn.Linear(784, 10)))
+    weight = fresh[1].weight
+    assert (weight == 0).float().mean() == pytest.approx(0.5, abs=0.01)
+    again = run("compress", "--recipe", recipe)
+    assert again.exit_code == 0, again.output
+    assert json.loads((out / "results.json").read_text()) == found  # nothing was done, or timed, again
+
+
+def test_compress_that_is_interrupted_says_how_to_go_on(recipe, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("slimtorch.recipe.phases.prune_", interrupt)
+    result = run("compress", "--recipe", recipe)
+    assert result.exit_code == 130
+    assert "the same command goes on from there" in result.output
+    monkeypatch.undo()
+    monkeypatch.chdir(recipe.parent)
+    assert run("compress", "--recipe", recipe).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        ("epochs: 1,", "epochs: 0,", "line 5: phases[0].train.epochs: expected a finite number above 0, got 0"),
+        ("sparsity", "sparsty", "line 6: phases[1].prune.sparsty: unknown key; closest: 'sparsity'"),
+        ("mine:network", "mine:netwrk", "model: the module 'mine' has no 'netwrk'; closest: 'network'"),
+        ("mine:network", "nowhere:network", "model: there is no module 'nowhere'"),
+        ("mine:data", "mine:dta", "data: the module 'mine' has no 'dta'; closest: 'data'"),
+        ("{sparsity: 0.5}", "{layers: {fc: {sparsity: 0.5}}}", "line 6: phases[1]: phase 2-prune: config: the glob"),
+    ],
+)
+def test_compress_tells_mistakes_in_one_line(recipe, old, new, text):
+    recipe.write_text(RECIPE.replace(old, new))
+    result = run("compress", "--recipe", recipe)
+    assert result.exit_code == 2
+    error = [line for line in result.output.splitlines() if line.startswith("slimtorch: ")]
+    assert len(error) == 1
+    assert text in error[0]
+
+
+def test_compress_goes_on_with_the_same_recipe_only(recipe):
+    assert run("compress", "--recipe", recipe).exit_code == 0
+    recipe.write_text(RECIPE.replace("sparsity: 0.5", "sparsity: 0.6"))
+    result = run("compress", "--recipe", recipe)
+    assert result.exit_code == 2
+    assert "holds the run of something else (phase 2" in result.output
+    assert run("compress", "--recipe", "nowhere.yaml").exit_code == 2

@@ -9,6 +9,7 @@
     pack_       each layer goes to the format that measured fastest, or stays dense
     save, load  one small file, which loads into a fresh dense model
     measure     parameters, bytes, multiply-accumulates, latency
+    Recipe      all of these in an order, resumable, from Python or one YAML file
 
 Formats are in :mod:`slimtorch.formats`, layers in :mod:`slimtorch.nn`, operators in :mod:`slimtorch.ops`,
 networks of the literature in :mod:`slimtorch.models`.
@@ -24,12 +25,13 @@ except ImportError as error:
         "build it with `pip install .` in the source tree, with the torch that runs it"
     ) from error
 
-from slimtorch import design, distill, formats, models, nn, ops, prune, quantize, reference, storage
+from slimtorch import design, distill, dynamic, formats, models, nn, ops, prune, quantize, recipe, reference, storage
 from slimtorch.design import factorize_, separate_
 from slimtorch.measure import Measurement, measure
 from slimtorch.packing import PackReport, pack_
 from slimtorch.prune import prune_
 from slimtorch.quantize import binarize_, cluster_
+from slimtorch.recipe import Recipe
 from slimtorch.storage import FormatError, load, save
 
 __version__: str = _C.version
@@ -39,11 +41,13 @@ __all__ = [
     "FormatError",
     "Measurement",
     "PackReport",
+    "Recipe",
     "__version__",
     "binarize_",
     "cluster_",
     "design",
     "distill",
+    "dynamic",
     "factorize_",
     "formats",
     "load",
@@ -55,6 +59,7 @@ __all__ = [
     "prune",
     "prune_",
     "quantize",
+    "recipe",
     "reference",
     "save",
     "separate_",

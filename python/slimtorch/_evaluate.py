@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from slimtorch.measure import eval_mode
-from slimtorch.prune.importance import call, usable
 
 Loss = Callable[..., Tensor]
 """`loss_fn(output, *targets) -> scalar tensor`."""
@@ -36,6 +35,8 @@ def number_of(measure: Measure) -> Callable[[nn.Module], float]:
         return lambda model: float(measure(model))
     if len(measure) != 2 or not callable(measure[1]):
         raise TypeError("measure: expected a callable model -> number or a pair (data, loss_fn)")
+    from slimtorch.prune.importance import call, usable  # here: that package's searches import this module
+
     data, loss = measure
     if isinstance(data, Iterator):
         data = list(data)  # it is read many times

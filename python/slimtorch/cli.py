@@ -281,6 +281,67 @@ def experiment(
         raise typer.Exit(130) from None
 
 
+@app.command()
+def compress(
+    recipe: Annotated[Path, typer.Option("--recipe", help="The recipe, a YAML file: model, data, phases.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for networks and report; an interrupted run goes on there [default: slimtorch-FILE]"),
+    ] = None,
+    json_file: Json = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="digits|mnist|cifar10|FOLDER|MODULE:FUNCTION", help="In place of the recipe's data."
+        ),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="In place of the recipe's threads of torch.", min=1)] = None,
+    every: Annotated[
+        float, typer.Option(help="Seconds between two kept states of a training phase.", min=0.0)
+    ] = 30.0,
+) -> None:
+    """Train, prune, distil, cluster, pack … a network as a recipe says, and measure it after each phase.
+
+    The model is named in the recipe as package.module:function, found from the current folder too. Each phase's network
+    is kept in the folder given by --out, and a phase of training keeps its progress: run the same command again after
+    an interrupt. Writes report.html, results.json and model.slim there.
+    """
+    import sys
+    from dataclasses import replace
+
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        with _plain_errors():
+            from slimtorch import storage
+            from slimtorch.recipe.reading import read
+            from slimtorch.recipe.report import LEAD, TITLE
+            from slimtorch.recipe.run import PhaseError
+
+            reading = read(recipe)
+            chosen = reading.recipe if threads is None else replace(reading.recipe, threads=threads)
+            folder = out or Path(f"slimtorch-{recipe.stem}")
+            console, progress = _console()
+            with progress as show:
+                try:
+                    result = chosen.run(data=data, folder=folder / "networks", every=every, show=show)
+                except PhaseError as error:
+                    raise reading.error(error) from error
+                tables = result.report.tables()
+                try:
+                    storage.save(result.model, folder / "model.slim")
+                except ValueError as error:
+                    (folder / "model.slim").unlink(missing_ok=True)
+                    tables[0].notes.append(f"no model.slim: {error}")
+                _save(folder, json_file, TITLE, LEAD, tables, [], [], result.report.to_dict())
+            _print(console, tables, folder, json_file)
+    except KeyboardInterrupt:
+        typer.echo("interrupted: what is finished is kept, the same command goes on from there", err=True)
+        raise typer.Exit(130) from None
+    finally:
+        sys.path.remove(here)
+
+
 def _print_config(console: Console, name: str, paper: str, config: Mapping[str, Any]) -> None:
     """What will be done, a line for each setting; a long one goes on below its own beginning."""
     from rich.padding import Padding

@@ -421,6 +421,9 @@ def _count_macs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         elif isinstance(module, (*_DENSE_LINEAR, *_DENSE_CONV)):
             weights = run = module.weight.numel()
             out = module.weight.shape[0]
+        elif isinstance(used := getattr(module, "used_shape", None), tuple):  # slimmable: the corner that runs
+            weights, out = math.prod(used), used[0]
+            run = weights
         else:
             return None
 

@@ -38,7 +38,11 @@ EXPERIMENTS = {
     "weight-clustering": ("weight_clustering", "bits of shared weights against accuracy, by initialisation"),
     "binary-connect": ("binary_connect", "binary weights as a regularizer: none, deterministic, stochastic, dropout"),
     "binary-net": ("binary_net", "binary weights and activations, trained, packed and timed"),
+    "skipping": ("skipping", "residual blocks skipped: gates per image, dropped layers; measured time"),
+    "slimmable": ("slimmable", "several widths from one set of weights, against networks trained for each"),
     "xnor-net": ("xnor_net", "binary convolutions with scales: full, binary weights, XNOR"),
+    "early-exit": ("early_exit", "samples that are sure leave: accuracy against measured time, by threshold"),
+    "pipeline": ("pipeline", "pruned, shared, distilled, with an exit: all in one recipe against each alone"),
 }
 
 

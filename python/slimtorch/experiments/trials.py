@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -29,7 +28,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from slimtorch.data import Digits, Split
+from slimtorch.data import Digits, Split, fingerprint
 from slimtorch.experiments import machine
 from slimtorch.experiments.catalogue import Progress, Settings
 from slimtorch.experiments.store import Record, Store, digest
@@ -148,12 +147,6 @@ def _missing(
     for trial in trials:
         visit(trial)
     return missing
-
-
-def fingerprint(data: Digits) -> list[int]:
-    """Changes with any image or label."""
-    parts = [tensor for split in (data.train, data.validation, data.test) for tensor in (split.images, split.labels)]
-    return [value for part in parts for value in (len(part), zlib.crc32(part.contiguous().numpy().data))]
 
 
 # --- who runs them ----------------------------------------------------------------------------------------------------

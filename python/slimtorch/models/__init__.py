@@ -9,6 +9,7 @@ for digits; functions build the others, with the published sizes unless told oth
 from slimtorch.models.convnet import conv2, conv4, conv6, glorot_
 from slimtorch.models.lenet import LeNet5, LeNet300
 from slimtorch.models.mobilenet import mobilenet, mobilenet_v1, mobilenet_v2
+from slimtorch.models.msdnet import msdnet
 from slimtorch.models.resnet import (
     resnet18,
     resnet20,
@@ -42,6 +43,7 @@ __all__ = [
     "mobilenet",
     "mobilenet_v1",
     "mobilenet_v2",
+    "msdnet",
     "resnet18",
     "resnet20",
     "resnet34",

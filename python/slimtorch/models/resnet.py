@@ -9,6 +9,7 @@ block changes.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Collection, Sequence
 
 import torch
@@ -33,9 +34,20 @@ class _BasicBlock(nn.Module):
         if stride != 1 or c_in != c_out:
             self.shortcut = _projection(c_in, c_out, stride) if shortcut is None else shortcut
 
+    def branch(self, x: torch.Tensor) -> torch.Tensor:
+        """What the convolutions add to the shortcut."""
+        return self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+
+    def join(self, x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+        """The output for a branch that gave ``y``; None: for one that was skipped."""
+        return self.relu(self.shortcut(x) if y is None else y + self.shortcut(x))
+
+    def skipped(self) -> nn.Module:
+        """What is left when the branch is dropped for good."""
+        return nn.Sequential(OrderedDict(shortcut=self.shortcut, relu=self.relu))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        return self.relu(y + self.shortcut(x))
+        return self.join(x, self.branch(x))
 
 
 class _Bottleneck(nn.Module):
@@ -55,10 +67,21 @@ class _Bottleneck(nn.Module):
         if stride != 1 or c_in != c_out:
             self.shortcut = _projection(c_in, c_out, stride)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def branch(self, x: torch.Tensor) -> torch.Tensor:
+        """What the convolutions add to the shortcut."""
         y = self.relu(self.bn1(self.conv1(x)))
-        y = self.bn3(self.conv3(self.relu(self.bn2(self.conv2(y)))))
-        return self.relu(y + self.shortcut(x))
+        return self.bn3(self.conv3(self.relu(self.bn2(self.conv2(y)))))
+
+    def join(self, x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+        """The output for a branch that gave ``y``; None: for one that was skipped."""
+        return self.relu(self.shortcut(x) if y is None else y + self.shortcut(x))
+
+    def skipped(self) -> nn.Module:
+        """What is left when the branch is dropped for good."""
+        return nn.Sequential(OrderedDict(shortcut=self.shortcut, relu=self.relu))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.join(x, self.branch(x))
 
 
 class _ZeroShortcut(nn.Module):
