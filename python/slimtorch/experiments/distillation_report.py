@@ -123,19 +123,19 @@ def _sizes(found: Mapping[str, Any]) -> list[tuple[int, str, str]]:
 
 def _shallow(found: Mapping[str, Any]) -> Table:
     titles = {
-        "deep": "deep, dropout, max-norm, shifted images: the teacher",
+        "deep": "deep, as teachers are trained",
         "deep plain": "deep, labels",
         "shallow": "shallow, labels",
-        "shallow strict": "shallow, labels, dropout, max-norm, shifted images",
-        "mimic": "shallow, the teacher's logits",
-        "mimic shifted": "shallow, the teacher's logits of shifted images",
+        "shallow strict": "shallow, as teachers are trained",
+        "mimic": "shallow, deep one's logits",
+        "mimic shifted": "shallow, its logits of shifted images",
     }
     rows: list[list[object]] = [
         [title, _errors(found, name), _fewer(found, name, "shallow") if name != "shallow" else ""]
         for name, title in titles.items()
     ]
     notes = [
-        f"{_seeds(found)}; fewer: pairs of the same seed",
+        f"{_seeds(found)}; fewer: pairs of the same seed; teachers: labels, dropout, max-norm, shifted images",
         f"deep {_widths(found, 'deep')}, shallow {_widths(found, 'shallow')}",
         "paper, speech frames: shallow networks that mimic reach the deep one's accuracy with as many parameters",
     ]
