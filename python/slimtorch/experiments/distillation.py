@@ -87,8 +87,8 @@ def plan(settings: Settings) -> Plan:
     """The numbers of a quick or a full run."""
     if settings.quick:
         small = Plan(
-            seeds=2, teacher=(300, 300), student=(100, 100), deep=(100, 100), units=(), temperatures=(4.0, 20.0),
-            omitted=("without 3",), teacher_epochs=30, epochs=25, jitter_epochs=20, rate=2e-3, logit_rate=2e-3,
+            seeds=2, teacher=(200, 200), student=(100, 100), deep=(100, 100), units=(), temperatures=(4.0, 20.0),
+            omitted=("without 3",), teacher_epochs=30, epochs=24, jitter_epochs=18, rate=2e-3, logit_rate=2e-3,
             dropout=0.3, batch_size=50,
         )  # fmt: skip
         return replace(small, seeds=settings.seeds or small.seeds)
