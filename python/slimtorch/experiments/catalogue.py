@@ -34,14 +34,14 @@ EXPERIMENTS = {
     "separable": ("separable", "3x3 convolutions made depthwise separable: accuracy, MACs, measured time"),
     "low-rank": ("low_rank", "layers of low rank by SVD, channel, spatial, Tucker, CP: accuracy, MACs, time"),
     "distillation": ("distillation", "a student from a teacher's soft targets, by temperature; shallow from deep"),
+    "early-exit": ("early_exit", "samples that are sure leave: accuracy against measured time, by threshold"),
+    "slimmable": ("slimmable", "several widths from one set of weights, against networks trained for each"),
+    "skipping": ("skipping", "residual blocks skipped: gates per image, dropped layers; measured time"),
     "deep-compression": ("deep_compression", "prune, share, code: size, error and speed after each step"),
     "weight-clustering": ("weight_clustering", "bits of shared weights against accuracy, by initialisation"),
     "binary-connect": ("binary_connect", "binary weights as a regularizer: none, deterministic, stochastic, dropout"),
     "binary-net": ("binary_net", "binary weights and activations, trained, packed and timed"),
-    "skipping": ("skipping", "residual blocks skipped: gates per image, dropped layers; measured time"),
-    "slimmable": ("slimmable", "several widths from one set of weights, against networks trained for each"),
     "xnor-net": ("xnor_net", "binary convolutions with scales: full, binary weights, XNOR"),
-    "early-exit": ("early_exit", "samples that are sure leave: accuracy against measured time, by threshold"),
     "pipeline": ("pipeline", "pruned, shared, distilled, with an exit: all in one recipe against each alone"),
 }
 

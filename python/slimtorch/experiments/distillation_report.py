@@ -90,8 +90,8 @@ def _omitted(found: Mapping[str, Any]) -> Table:
         ])  # fmt: skip
     notes = [
         f"{_seeds(found)}; errors of {found['test']:,} test images; T = {found['plan']['other_temperature']:g}",
-        "raise: of the omitted digits' biases, with the fewest errors on validation images, of which none are omitted; "
-        "the paper takes the best on the test images",
+        "raise: of the omitted digits' biases, with the fewest errors on validation images of all digits; the paper takes "
+        "the best on the test images",
         f"all digits seen: labels {_errors(found, 'alone')}, "
         f"soft targets {_errors(found, 'soft {:g}'.format(found['plan']['other_temperature']))}; paper: of 10,000",
     ]
