@@ -51,7 +51,7 @@ def _seeds(found: Mapping[str, Any]) -> str:
 
 def _temperatures(found: Mapping[str, Any]) -> Table:
     names = _temperature_names(found, "soft {}")
-    own = found["plan"]["other_temperature"]
+    epochs, own = found["plan"], found["plan"]["other_temperature"]
     moved = f"soft {own:g} shifted"
     rows: list[list[object]] = [
         ["teacher", _errors(found, "teacher", "validation"), _errors(found, "teacher"), "", PAPER["teacher"]],
@@ -70,7 +70,9 @@ def _temperatures(found: Mapping[str, Any]) -> Table:
         f"teacher {_widths(found, 'teacher')}, student {_widths(found, 'student')}",
         f"errors of {found['validation']:,} validation and {found['test']:,} test images; chosen: fewest on validation",
         f"paper: errors of 10,000, teacher 1200-1200, student 800-800, 60,000 images; {found['data']}",
-        "shifted images: the student's own training images too are moved by up to two pixels, as its teacher's are",
+        "shifted images: the student's own training images too are moved by up to two pixels, as its teacher's are; "
+        f"epochs: {epochs['epochs']:g}, with shifted images {epochs['jitter_epochs']:g}, teacher "
+        f"{epochs['teacher_epochs']:g}",
     ]
     columns = ["network", "validation errors", "test errors", "fewer than alone", "paper"]
     return Table("A student alone and with its teacher: errors", columns, rows, notes)
@@ -90,8 +92,8 @@ def _omitted(found: Mapping[str, Any]) -> Table:
         ])  # fmt: skip
     notes = [
         f"{_seeds(found)}; errors of {found['test']:,} test images; T = {found['plan']['other_temperature']:g}",
-        "raise: of the omitted digits' biases, with the fewest errors on validation images of all digits; the paper takes "
-        "the best on the test images",
+        "raise: of the omitted digits' biases, with the fewest errors on validation images of all digits; the paper "
+        "takes the best on the test images",
         f"all digits seen: labels {_errors(found, 'alone')}, "
         f"soft targets {_errors(found, 'soft {:g}'.format(found['plan']['other_temperature']))}; paper: of 10,000",
     ]
@@ -181,6 +183,7 @@ def figures(found: Mapping[str, Any]) -> list[tuple[str, str, Figure]]:
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.xaxis.set_minor_locator(NullLocator())
         axis.set_xlabel("temperature")
-        axis.legend(fontsize=8, frameon=False)
+    left.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0.02, 0.16))  # between the bands
+    right.legend(fontsize=8, frameon=False, loc="lower left")
     caption = "Test error over the temperature, and what a teacher saves students by size. Bands: ± 1 sd over seeds."
     return [("distillation", caption, figure)]
