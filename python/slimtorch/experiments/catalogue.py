@@ -33,6 +33,7 @@ EXPERIMENTS = {
     "one-shot-vs-iterative": ("one_shot_vs_iterative", "do not prune too much at once: one shot, rounds, gradual"),
     "separable": ("separable", "3x3 convolutions made depthwise separable: accuracy, MACs, measured time"),
     "low-rank": ("low_rank", "layers of low rank by SVD, channel, spatial, Tucker, CP: accuracy, MACs, time"),
+    "distillation": ("distillation", "a student from a teacher's soft targets, by temperature; shallow from deep"),
     "early-exit": ("early_exit", "samples that are sure leave: accuracy against measured time, by threshold"),
     "slimmable": ("slimmable", "several widths from one set of weights, against networks trained for each"),
     "skipping": ("skipping", "residual blocks skipped: gates per image, dropped layers; measured time"),
