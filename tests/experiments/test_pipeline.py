@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import slimtorch as slim
 from slimtorch import recipe
@@ -16,6 +18,7 @@ from slimtorch.data import Digits, digits
 from slimtorch.dynamic import EarlyExit
 from slimtorch.experiments import pipeline
 from slimtorch.experiments.catalogue import Settings, find
+from slimtorch.nn import PackedLayer
 from slimtorch.recipe import Calibrate, Distill, Train
 
 TINY = pipeline.Plan(2, 0.2, epochs=(0.2, 0.2, 0.2), hidden=(3, 4, 8), head=4, batch_size=50)
@@ -91,3 +94,18 @@ def test_frozen_segments_answer_alike(data: Digits) -> None:
         assert 0 < int((exits.run(x).exits == 0).sum()) < 7  # both ways are taken
         torch.testing.assert_close(call(x), exits(x), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(call(x[2:3]), exits(x[2:3]), rtol=1e-4, atol=1e-5)
+
+
+def test_decoded_networks_are_dense_and_answer_the_same() -> None:
+    torch.manual_seed(0)
+    parts = list(slim.models.LeNet5((3, 4, 8)).named_children())
+    network = EarlyExit(parts, {"pool1": nn.Sequential(nn.Flatten(), nn.Linear(432, 10))}).eval()
+    slim.cluster_(network, slim.quantize.KMeans(bits=3))
+    before = copy.deepcopy(network)
+    made = pipeline._decoded(network)
+    assert not any(isinstance(module, PackedLayer) for module in made.modules())
+    assert sum(isinstance(module, PackedLayer) for module in network.modules()) == 5
+    x = torch.randn(20, 1, 28, 28)
+    for one, two, three in zip(made.all_exits(x), network.all_exits(x), before.all_exits(x), strict=True):
+        torch.testing.assert_close(one, two)
+        assert torch.equal(two, three)

@@ -12,6 +12,7 @@ packed and timed after all training is done, in one process and by turns.
 
 from __future__ import annotations
 
+import copy
 import statistics
 import tempfile
 import warnings
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 
 CODE = 1  # raise it when trials train differently: stored ones are then not used
 BATCHES = (1, 256)
-TIMING = 3  # raise it when networks are packed or timed differently
+TIMING = 4  # raise it when networks are packed or timed differently
 EFFORT = {True: (1.0, 3), False: (6.0, 21)}  # quick or not: seconds to pack a network, samples of a latency
 ARMS = {
     "longer": "trained on, nothing else",
@@ -207,6 +208,16 @@ def _fixed(call: Callable[[], object]) -> Callable[[Tensor], object]:
     return lambda x: call()
 
 
+def _decoded(network: nn.Module) -> nn.Module:
+    """A copy with dense layers of the same values in place of those that run as they are stored."""
+    made = copy.deepcopy(network)
+    for parent in list(made.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, PackedLayer):
+                setattr(parent, name, child.to_dense())
+    return made.eval()
+
+
 def _frozen_segments(network: EarlyExit, x: Tensor) -> Callable[[Tensor], Tensor] | None:
     """Its segments as frozen TorchScript; None where that cannot be or differs."""
     segments: list[Any] = []
@@ -272,6 +283,10 @@ def _times(records: Mapping[str, Record], data: Digits, chosen: Plan, quick: boo
         for name, network in {"dense": dense, **networks}.items():
             plain = not any(isinstance(module, PackedLayer) for module in network.modules())
             every.update((f"{name}:{how}", way) for how, way in _ways(network, x, dense=plain).items())
+            if not plain and name not in ARMS:  # for many images decoding once, beforehand, can be the best
+                decoded = _decoded(network)
+                every[f"{name}:decoded"] = decoded
+                every.update((f"{name}:decoded {how}", way) for how, way in _ways(decoded, x, dense=True).items())
         times = measure_by_turns(every, data.test, (batch,), samples, progress)[batch]
         found[str(batch)] = {name: [float(f"{v:.4g}") for v in (t.median, t.p10, t.p90)] for name, t in times.items()}
     return Record({"times": found, "packed": packed, "sizes": sizes})
@@ -368,8 +383,8 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
     clock = (
         f"latency of seed 0's networks, packed for that batch, {found['machine']['threads']} thread"
         f"{'' if found['machine']['threads'] == 1 else 's'}, medians, by turns; each runs in the fastest way that "
-        "it can: packed or not, frozen to TorchScript (with exits: each segment), dense ones in oneDNN's; batch 1: the "
-        "mean over 64 images"
+        "it can: packed or not, shared weights decoded to dense ones beforehand or not, frozen to TorchScript (with "
+        "exits: each segment), dense ones in oneDNN's; batch 1: the mean over 64 images"
     )
     chosen_formats = [
         f"packed for batch {batch}: " + "; ".join(f"{ARMS[arm]}: {what}" for arm, what in packed.items())
