@@ -41,7 +41,7 @@ def small() -> Iterator[None]:
 PLAN = low_rank.Plan(
     {"lenet300": 20, "vgg": 8}, {"lenet300": (0.5, 0.1), "vgg": (0.5, 0.3)},
     {"lenet300": ("svd",), "vgg": ("channel", "cp")}, {"lenet300": 2, "vgg": 3}, {"lenet300": 1, "vgg": 1},
-    seeds=1, samples=2,
+    seeds=1, samples=2, wide={"vgg": 16},
 )  # fmt: skip
 
 
@@ -90,6 +90,12 @@ def test_run(data: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     time = found["networks"]["vgg"]["time"]["2"]
     assert time["layers"] == 2
     assert all(time[row]["seconds"] > 0 for row in ("dense", "CP, 30 %", "where faster"))
+    wide = found["wide"]["vgg"]
+    assert set(wide["rows"]) == {"dense", "channel, 50 %", "channel, 30 %"}
+    (dense,), (half,), (less,) = (wide["rows"][row]["macs"] for row in wide["rows"])
+    assert less < 0.35 * dense < half < 0.55 * dense
+    assert set(wide["time"]["2"]) == {"statistic", *wide["rows"]}
+    assert "not trained" in str(result.tables[-1])
     assert "small scale" in result.lead
 
 

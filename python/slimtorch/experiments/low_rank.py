@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slimtorch import models
 from slimtorch.data import Digits, load
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 VERSION = 1  # raise it when trials train differently: stored ones are then not used
 BATCHES = (1, 16)
 SAMPLE_SECONDS = 1e-3  # short: another process then spoils few of them
+WIDE_KINDS = ("channel", "spatial")  # the others' factors take minutes to find in wide layers
 FITTED = 250  # training images whose activations the factors are fitted to
 KINDS = {"svd": "SVD", "channel": "channel", "spatial": "spatial", "tucker": "Tucker", "cp": "CP"}
 
@@ -68,6 +69,8 @@ class Plan:
         rate, tune_rate: Adam's, with a cosine to 0.
         batch_size: images in a step.
         samples: rounds of timing.
+        wide: network → a width at which it is timed too, with weights as they are drawn: time does not depend on them,
+            and multiplications outweigh calls only in wide layers.
     """
 
     widths: Mapping[str, int]
@@ -80,6 +83,7 @@ class Plan:
     tune_rate: float = 1e-3
     batch_size: int = 50
     samples: int = 31
+    wide: Mapping[str, int] = field(default_factory=dict)
 
 
 _CONV_KINDS = ("channel", "spatial", "tucker", "cp")
@@ -89,6 +93,7 @@ FULL = Plan(
     {"lenet300": ("svd",), "vgg": _CONV_KINDS, "resnet": _CONV_KINDS},
     {"lenet300": 8, "vgg": 2, "resnet": 2},
     {"lenet300": 2, "vgg": 1, "resnet": 1},
+    wide={"vgg": 64, "resnet": 64},
 )
 QUICK = Plan(
     {"lenet300": 100, "vgg": 8},
@@ -225,21 +230,52 @@ def _times(
         own = copy.deepcopy(networks["dense"])
         report = factorize_(own, low, x, objective="latency", filter_fn=_chosen(network))
         networks["where faster"] = own.eval()
-        calls: dict[str, Callable[[], object]] = {}
-        with torch.inference_mode():
-            for key, model in networks.items():
-                calls |= {f"{key}/{name}": call for name, call in dense_rivals(model, x).items()}
-            latencies = interleave(calls, samples=chosen.samples, min_sample_seconds=SAMPLE_SECONDS)
-        by, values = _judge(list(latencies.values()))
-        seconds = dict(zip(latencies, values, strict=True))
-        part: dict[str, Any] = {"statistic": by, "replaced": len(report.replaced), "layers": len(report.layers)}
-        for key in networks:
-            ways = {n.rsplit("/", 1)[1]: value for n, value in seconds.items() if n.rsplit("/", 1)[0] == key}
-            name = min(ways, key=ways.__getitem__)
-            part[key] = {"seconds": float(f"{ways[name]:.4g}"), "by": name, "torch": float(f"{ways[TORCH]:.4g}")}
+        part = _race(networks, x, chosen.samples)
+        part |= {"replaced": len(report.replaced), "layers": len(report.layers)}
         part["where faster"]["macs"] = count_macs(own, x[:1])[1]
         found[str(batch)] = part
     progress(stage, len(BATCHES), len(BATCHES))
+    return found
+
+
+def _race(networks: Mapping[str, nn.Module], x: Tensor, samples: int) -> dict[str, Any]:
+    """Row → seconds in the fastest way and in torch, all by turns."""
+    calls: dict[str, Callable[[], object]] = {}
+    with torch.inference_mode():
+        for key, model in networks.items():
+            calls |= {f"{key}/{name}": call for name, call in dense_rivals(model, x).items()}
+        latencies = interleave(calls, samples=samples, min_sample_seconds=SAMPLE_SECONDS)
+    by, values = _judge(list(latencies.values()))
+    seconds = dict(zip(latencies, values, strict=True))
+    part: dict[str, Any] = {"statistic": by}
+    for key in networks:
+        ways = {n.rsplit("/", 1)[1]: value for n, value in seconds.items() if n.rsplit("/", 1)[0] == key}
+        name = min(ways, key=ways.__getitem__)
+        part[key] = {"seconds": float(f"{ways[name]:.4g}"), "by": name, "torch": float(f"{ways[TORCH]:.4g}")}
+    return part
+
+
+def _wide_times(network: str, chosen: Plan, data: Digits, progress: Progress) -> dict[str, Any]:
+    """The same kinds and shares in a wider network that nobody trained: rows with their MACs, and times."""
+    stage = f"time {TITLES[network]}, wide"
+    torch.manual_seed(0)
+    dense = BUILD[network](data.train.images.shape[1], chosen.wide[network]).eval()
+    x = data.test.images[: max(BATCHES)]
+    networks = {"dense": dense}
+    todo = variants(chosen, network)
+    for number, (kind, level) in enumerate(todo):
+        progress(stage, number, len(todo) + 1)
+        if kind in WIDE_KINDS:
+            made = copy.deepcopy(dense)
+            config = LowRank(macs=level, kind=kind)  # type: ignore[arg-type]
+            factorize_(made, config, x[:1], objective=None, filter_fn=_chosen(network))
+            networks[row_of(kind, level)] = made.eval()
+    progress(stage, len(todo), len(todo) + 1)
+    found = {
+        "rows": {row: {"macs": [count_macs(model, x[:1])[1]]} for row, model in networks.items()},
+        "time": {str(batch): _race(networks, x[:batch], chosen.samples) for batch in BATCHES},
+    }
+    progress(stage, len(todo) + 1, len(todo) + 1)
     return found
 
 
@@ -276,6 +312,17 @@ def run(settings: Settings, out: Path, progress: Progress) -> Result:
                 "rows": {row: _row(made, records, network, row, chosen) for row in ("dense", "trained on", *rows)},
                 "time": times.result,
             }
+        found["wide"] = {}
+        for network in (name for name in chosen.wide if name in chosen.widths):
+            stamp = {
+                "wide": chosen.wide[network], "levels": list(chosen.levels[network]), "kinds": list(WIDE_KINDS),
+                "machine": found["machine"], "build": _build_stamp(), "samples": chosen.samples,
+            }  # fmt: skip
+            times = store.load(f"{network}-wide", stamp)
+            if times is None:
+                times = Record(_wide_times(network, chosen, data, progress))
+                store.save(f"{network}-wide", stamp, times)
+            found["wide"][network] = {"title": f"{TITLES[network]}, {chosen.wide[network]} channels", **times.result}
     lead = (
         f"Layers of low rank, at small scale: LeNet-300-100 and networks of the shape of VGG-16 and ResNet-20 on "
         f"{words}; {over_seeds(chosen.seeds)}, mean ± standard deviation. Times are measured, of seed 0's networks, in "
@@ -325,13 +372,15 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
         columns = ["rank", "parameters", "MACs", "weights, %", "fitted, %", "test, %"]
         result.append(Table(f"{network['title']}: accuracy", columns, rows, notes))
         result.append(_time_table(network, headline))
+    result += [_time_table(network, headline) for network in found["wide"].values()]
     return result
 
 
 def _time_table(network: Mapping[str, Any], headline: str) -> Table:
     rows: list[list[object]] = []
     dense = network["rows"]["dense"]["macs"][0]
-    for key in [*(row for row in network["rows"] if row != "trained on"), "where faster"]:
+    trained = "trained on" in network["rows"]
+    for key in [*(row for row in network["rows"] if row != "trained on"), *(["where faster"] if trained else [])]:
         macs = network["rows"][key]["macs"][0] if key in network["rows"] else None
         row: list[object] = [key, "-" if macs is None else f"{dense / macs:.2f}x"]
         for part in network["time"].values():
@@ -342,15 +391,20 @@ def _time_table(network: Mapping[str, Any], headline: str) -> Table:
     columns = ["rank", "fewer MACs"]
     for batch in network["time"]:
         columns += [f"torch, b{batch}", f"best, b{batch}", f"gain, b{batch}"]
-    kept = ", ".join(f"{part['replaced']} of {part['layers']} at b{b}" for b, part in network["time"].items())
     noisy = [f"b{batch}" for batch, part in network["time"].items() if part["statistic"] == "p10"]
     notes = [
         "milliseconds per call, b: batch size. torch: the module as it is; best: the fastest of torch, oneDNN and "
         "frozen TorchScript; gain: of the best ways.",
-        f"where faster: factorize_ with objective 'latency', at the smallest share, kept {kept}: it measures layers as "
-        "torch runs them.",
-        headline,
     ]
+    if trained:
+        kept = ", ".join(f"{part['replaced']} of {part['layers']} at b{b}" for b, part in network["time"].items())
+        notes.append(
+            f"where faster: factorize_ with objective 'latency', at the smallest share, kept {kept}: it measures "
+            "layers as torch runs them."
+        )
+    else:
+        notes.append("not trained: weights as drawn, on which time does not depend.")
+    notes.append(headline)
     if noisy:
         notes.append(f"{' and '.join(noisy)}: other processes at work, 10th percentiles instead of medians.")
     return Table(f"{network['title']}: measured time", columns, rows, notes)
