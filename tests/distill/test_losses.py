@@ -83,6 +83,15 @@ def test_dist_by_hand() -> None:
     assert float(loss) == pytest.approx(4 * (0.5 * inter + 3 * intra), rel=1e-6)
 
 
+def test_dist_of_rare_classes() -> None:
+    """A class that has next to no probability in the whole batch correlates like any other."""
+    s, t = (logits(seed) - torch.tensor([0.0, 0, 0, 0, 30]) for seed in range(2))
+    p, q = F.softmax(s, 1), F.softmax(t, 1)
+    assert float(p[:, 4].max()) < 1e-12
+    intra = sum(1 - float(torch.corrcoef(torch.stack([a, b]))[0, 1]) for a, b in zip(p.t(), q.t(), strict=True)) / 5
+    assert float(distill.dist_loss(s, t, inter_weight=0)) == pytest.approx(intra, rel=1e-6)
+
+
 def test_dist_sees_no_shift_of_logits() -> None:
     s = logits(0)
     assert float(distill.dist_loss(s + 7, s)) == pytest.approx(0, abs=1e-9)
@@ -140,6 +149,18 @@ def test_contrastive_by_hand() -> None:
     assert float(loss) == pytest.approx(expected / 6, rel=1e-9)
 
 
+def test_contrast_goes_both_ways() -> None:
+    """Of two samples each is the only negative of the other, so nothing is drawn."""
+    memory = distill.ContrastiveMemory(4, 6, samples=2, features=3, negatives=2, temperature=0.5).eval()
+    s, t, indices = torch.randn(2, 4), torch.randn(2, 6), torch.tensor([1, 0])
+    a = F.normalize(memory.student_embedding(s), dim=1)
+    b = F.normalize(memory.teacher_embedding(t), dim=1)
+    others = torch.tensor([[0, 0], [1, 1]])
+    expected = distill.contrastive_loss(a, b, memory.teacher_memory[others], 2, 0.5)
+    expected = expected + distill.contrastive_loss(b, a, memory.student_memory[others], 2, 0.5)
+    torch.testing.assert_close(memory(s, t, indices), expected)
+
+
 @pytest.mark.parametrize("name", LOGIT_LOSSES)
 def test_gradients_of_logit_losses(name: str) -> None:
     t = logits(1)
@@ -183,11 +204,106 @@ def test_small_batches(name: str, batch: int) -> None:
     assert bool(s.grad.isfinite().all())
 
 
-def test_half_precision_is_computed_in_float32() -> None:
-    s, t = logits(0).bfloat16(), logits(1).bfloat16()
-    loss = distill.soft_target_loss(s, t, 4.0)
+def decoupled(s: Tensor, t: Tensor) -> Tensor:
+    return distill.decoupled_loss(s, t, torch.arange(len(s)) % s.shape[1])
+
+
+def contrastive(s: Tensor, t: Tensor) -> Tensor:
+    return distill.contrastive_loss(s, t, torch.stack([t.roll(1, 0), t.roll(2, 0)], dim=1), 50, 50.0)
+
+
+ALL_LOSSES = {**LOGIT_LOSSES, **FEATURE_LOSSES, "decoupled": decoupled, "contrastive": contrastive}
+
+
+def inputs(name: str, dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    shape = (6, 32, 3, 3) if name in FEATURE_LOSSES else (6, 32)
+    g = torch.Generator().manual_seed(0)
+    student, teacher = ((scale * torch.randn(shape, generator=g)).to(dtype) for _ in range(2))
+    return student, teacher
+
+
+@pytest.mark.parametrize("name", ALL_LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(name: str, dtype: torch.dtype) -> None:
+    """Sums of squares of these are beyond float16."""
+    s, t = inputs(name, dtype, 100.0)
+    loss = ALL_LOSSES[name](s, t)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, distill.soft_target_loss(s.float(), t.float(), 4.0))
+    assert torch.equal(loss, ALL_LOSSES[name](s.float(), t.float()))
+
+
+@pytest.mark.parametrize("name", ALL_LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_does_not_narrow_a_loss(name: str, dtype: torch.dtype) -> None:
+    s, t = inputs(name, torch.float32, 100.0)
+    s.requires_grad_()
+    (grad,) = torch.autograd.grad(ALL_LOSSES[name](s, t), s)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = ALL_LOSSES[name](s, t)
+    assert torch.equal(loss, ALL_LOSSES[name](s, t))
+    assert torch.equal(torch.autograd.grad(loss, s)[0], grad)
+
+
+@pytest.mark.parametrize("name", ALL_LOSSES)
+def test_the_wider_of_two_dtypes_counts(name: str) -> None:
+    s, t = inputs(name, torch.float32)
+    s.requires_grad_()
+    loss = ALL_LOSSES[name](s, t.double())
+    torch.testing.assert_close(loss, ALL_LOSSES[name](s.double(), t.double()), rtol=1e-12, atol=0)
+    loss.backward()
+    assert s.grad is not None
+    assert s.grad.dtype == torch.float32
+    torch.testing.assert_close(ALL_LOSSES[name](s.half(), t), ALL_LOSSES[name](s.half().float(), t), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", FEATURE_LOSSES)
+@pytest.mark.parametrize("kind", ["a dead sample", "all dead", "two alike", "nearly alike"])
+def test_no_direction_no_gradient(name: str, kind: str) -> None:
+    """A quotient by a length of 0 has no gradient; by a small number in its place it has one that swamps all others."""
+    s, t = inputs(name, torch.float32)
+    if kind == "a dead sample":
+        s[2] = 0
+    elif kind == "all dead":
+        s.zero_()
+    else:
+        s[2] = s[4] if kind == "two alike" else s[4] + torch.finfo(s.dtype).eps
+    others = [0, 1, 3, 5]
+    usual = torch.autograd.grad(FEATURE_LOSSES[name](a := inputs(name, torch.float32)[0].requires_grad_(), t), a)[0]
+    (grad,) = torch.autograd.grad(FEATURE_LOSSES[name](s.requires_grad_(), t), s)
+    assert bool(grad.isfinite().all())
+    assert float(grad.abs().max()) < 10 * float(usual.abs().max())
+    if kind != "all dead":
+        assert float(grad[others].abs().max()) > 0.1 * float(usual[others].abs().max())
+
+
+@pytest.mark.parametrize("name", [*LOGIT_LOSSES, "decoupled"])
+def test_a_student_that_says_nothing(name: str) -> None:
+    """All classes are as likely, in all samples: as from a last layer that starts at 0."""
+    t = inputs(name, torch.float32)[1]
+    s = torch.full_like(t, 0.3, requires_grad=True)
+    loss = ALL_LOSSES[name](s, t)
+    (grad,) = torch.autograd.grad(loss, s)
+    assert 0 < float(loss.detach()) < math.inf
+    assert float(grad.abs().max()) < 10
+    if name == "dist":
+        assert float(loss.detach()) == pytest.approx(2.0**2 * 2, rel=1e-6)  # correlates with nothing
+
+
+@pytest.mark.parametrize("name", ["soft", "decoupled"])
+def test_a_class_that_is_ruled_out(name: str) -> None:
+    """-inf is a probability of 0: as if the class were not there. The student alone may not rule a class out."""
+    s, t = logits(0), logits(1)
+    without = ALL_LOSSES[name](s[:4, :4], t[:4, :4])
+    s, t = s[:4].clone(), t[:4].clone()
+    s[:, 4] = t[:, 4] = -math.inf
+    s.requires_grad_()
+    loss = ALL_LOSSES[name](s, t)
+    torch.testing.assert_close(loss, without)
+    loss.backward()
+    assert s.grad is not None
+    assert bool(s.grad.isfinite().all())
+    t[:, 4] = 0
+    assert float(ALL_LOSSES[name](s, t).detach()) > 1e30
 
 
 def test_exits_learn_from_the_last() -> None:
@@ -214,11 +330,57 @@ def test_exits_learn_from_the_last() -> None:
         (lambda: distill.soft_target_loss(logits(0).long(), logits(1), 1), TypeError, "student_logits: expected float"),
         (lambda: distill.decoupled_loss(logits(0), logits(1), torch.zeros(6)), TypeError, "labels"),
         (lambda: distill.decoupled_loss(logits(0), logits(1), torch.zeros(5).long()), ValueError, "labels"),
+        (
+            lambda: distill.decoupled_loss(logits(0), logits(1), [0] * 6),
+            TypeError,
+            "labels: expected a tensor, got list",
+        ),  # type: ignore[arg-type]
+        (
+            lambda: distill.decoupled_loss(logits(0), logits(1), torch.tensor([0, 1, 2, 3, 4, 5])),
+            ValueError,
+            "labels: expected numbers from 0 to 4, got 0 to 5",
+        ),
+        (
+            lambda: distill.decoupled_loss(logits(0), logits(1), torch.tensor([0, 1, 2, 3, 4, -100])),
+            ValueError,
+            "got -100 to 4",
+        ),
+        (
+            lambda: distill.decoupled_loss(logits(0)[:, :1], logits(1)[:, :1], torch.zeros(6).long()),
+            ValueError,
+            "student_logits: expected two classes or more, got 1",
+        ),
+        (
+            lambda: distill.decoupled_loss(logits(0), logits(1), torch.zeros(6).long(), other_weight=-1),
+            ValueError,
+            "other_weight: expected a finite number, 0 or more, got -1",
+        ),
+        (lambda: distill.dist_loss(logits(0), logits(1), intra_weight=math.nan), ValueError, "intra_weight"),
+        (lambda: distill.relation_loss(logits(0), logits(1), angle_weight="2"), TypeError, "angle_weight"),  # type: ignore[arg-type]
+        (lambda: distill.soft_target_loss([0.0, 1.0], logits(1), 1), TypeError, "student_logits: expected a tensor"),  # type: ignore[arg-type]
+        (lambda: distill.hint_loss([0.0], logits(1)), TypeError, "student_features: expected a tensor, got list"),  # type: ignore[arg-type]
+        (lambda: distill.attention_transfer_loss(logits(0), None), TypeError, "teacher_features: expected a tensor"),  # type: ignore[arg-type]
         (lambda: distill.hint_loss(logits(0), logits(1, 6, 4)), ValueError, r"student_features: .*\[6, 4\], got"),
         (lambda: distill.attention_transfer_loss(logits(0), logits(1)), ValueError, "channels, height, width"),
         (lambda: distill.similarity_loss(logits(0), logits(1, 7)), ValueError, "one batch"),
         (lambda: distill.relation_loss(logits(0)[0], logits(1)[0]), ValueError, "student_features"),
         (lambda: distill.self_distillation_loss([logits(0)], 1.0), ValueError, "outputs: expected logits of two"),
+        (lambda: distill.contrastive_loss([0.0], logits(1), logits(2), 9), TypeError, "anchors: expected a tensor"),  # type: ignore[arg-type]
+        (
+            lambda: distill.contrastive_loss(logits(0), logits(1, 7), logits(2).unsqueeze(1), 9),
+            ValueError,
+            r"positives: expected the shape \[batch, features\] of anchors, got \[7, 5\]",
+        ),
+        (
+            lambda: distill.contrastive_loss(logits(0), logits(1), logits(2).unsqueeze(1), 0),
+            ValueError,
+            "samples: expected a whole number above 0, got 0",
+        ),
+        (
+            lambda: distill.contrastive_loss(logits(0), logits(1), logits(2).unsqueeze(1), 9, 0.0),
+            ValueError,
+            "temperature: expected a finite number above 0",
+        ),
         (
             lambda: distill.contrastive_loss(logits(0), logits(1), logits(2), 9),
             ValueError,

@@ -4,13 +4,19 @@
 Outputs: `soft_target_loss` and its relatives compare distributions over the classes. Features: `hint_loss`,
 `attention_transfer_loss` compare them place by place, `similarity_loss` and `relation_loss` by what they say of pairs
 and triples of samples, `contrastive_loss` by telling samples apart. All are means over the batch, computed in float32
-or wider, differentiable in both arguments: detach the teacher's or compute it under ``torch.no_grad()``.
+or wider, under autocast too, differentiable in both arguments: detach the teacher's or compute it under
+``torch.no_grad()``. Vectors that have no direction, such as the features of a sample that no unit reacts to, count as
+zero and get no gradient where a formula divides by their length.
+
+All raise TypeError for arguments that are not of the kind they say and ValueError for shapes that do not fit, a
+temperature or a number of samples that is not above 0, and weights below 0.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -24,17 +30,15 @@ def soft_target_loss(student_logits: Tensor, teacher_logits: Tensor, temperature
     entropy, which has no gradient for the student.
 
     Args:
-        student_logits, teacher_logits: ``[batch, classes]``, floating point.
+        student_logits, teacher_logits: ``[batch, classes]``, floating point. A class may be ruled out by ``-inf``.
         temperature: T > 0, by which both are divided before the softmax.
 
     Returns:
         Scalar, mean over the batch, in nats times T².
     """
     student, teacher = _logits(student_logits, teacher_logits)
-    scale = _temperature(temperature)
-    log_student = F.log_softmax(student / scale, dim=1)
-    log_teacher = F.log_softmax(teacher / scale, dim=1)
-    return scale**2 * _mean(F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1))
+    scale = check_temperature(temperature)
+    return scale**2 * _mean(_kl(_log_softmax(teacher / scale), _log_softmax(student / scale)))
 
 
 def logit_regression_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -68,27 +72,35 @@ def decoupled_loss(
         student_logits, teacher_logits: ``[batch, classes]``, floating point, two classes at least.
         labels: ``[batch]``, integer: the right class.
         temperature: T > 0.
-        target_weight: α, of the right class against the rest.
-        other_weight: β, among the others.
+        target_weight: α >= 0, of the right class against the rest.
+        other_weight: β >= 0, among the others.
 
     Returns:
         Scalar, mean over the batch, times T².
     """
     student, teacher = _logits(student_logits, teacher_logits)
-    scale = _temperature(temperature)
-    if student.shape[1] < 2:
-        raise ValueError(f"student_logits: expected two classes or more, got {student.shape[1]}")
+    scale = check_temperature(temperature)
+    check_weight("target_weight", target_weight)
+    check_weight("other_weight", other_weight)
+    classes = student.shape[1]
+    if classes < 2:
+        raise ValueError(f"student_logits: expected two classes or more, got {classes}")
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: expected a tensor, got {type(labels).__name__}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels: expected integers, got {labels.dtype}")
     if labels.shape != student.shape[:1]:
         raise ValueError(f"labels: expected shape [{student.shape[0]}], got {list(labels.shape)}")
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise TypeError(f"labels: expected integers, got {labels.dtype}")
-    right = F.one_hot(labels.long(), student.shape[1]).bool()
-    log_student = F.log_softmax(student / scale, dim=1)
-    log_teacher = F.log_softmax(teacher / scale, dim=1)
+    if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < classes):
+        raise ValueError(
+            f"labels: expected numbers from 0 to {classes - 1}, got {int(labels.min())} to {int(labels.max())}"
+        )
+    right = torch.arange(classes, device=labels.device) == labels[:, None]
+    log_student, log_teacher = _log_softmax(student / scale), _log_softmax(teacher / scale)
     target = _kl(_against_rest(log_teacher, right), _against_rest(log_student, right))
     others = ~right
-    others_student = F.log_softmax((student / scale)[others].view(len(student), -1), dim=1)
-    others_teacher = F.log_softmax((teacher / scale)[others].view(len(teacher), -1), dim=1)
+    others_student = _log_softmax((student / scale)[others].view(len(student), -1))
+    others_teacher = _log_softmax((teacher / scale)[others].view(len(teacher), -1))
     return scale**2 * _mean(target_weight * target + other_weight * _kl(others_teacher, others_student))
 
 
@@ -108,13 +120,16 @@ def dist_loss(
     Args:
         student_logits, teacher_logits: ``[batch, classes]``, floating point.
         temperature: T > 0.
-        inter_weight, intra_weight: β and γ.
+        inter_weight, intra_weight: β and γ, >= 0.
 
     Returns:
-        Scalar: weighted sum of 1 - Pearson correlation, each times T².
+        Scalar: weighted sum of 1 - Pearson correlation, each times T², as in the authors' code. What is constant within
+        rounding, as every class is in a batch of one sample, correlates with nothing: 1, without a gradient.
     """
     student, teacher = _logits(student_logits, teacher_logits)
-    scale = _temperature(temperature)
+    scale = check_temperature(temperature)
+    check_weight("inter_weight", inter_weight)
+    check_weight("intra_weight", intra_weight)
     p, q = F.softmax(student / scale, dim=1), F.softmax(teacher / scale, dim=1)
     inter = _mean(1 - _correlation(p, q))
     intra = _mean(1 - _correlation(p.t(), q.t())) if len(p) else p.sum()
@@ -127,17 +142,16 @@ def hint_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     Where shapes differ a regressor goes before it; see :class:`slimtorch.distill.Hint`.
 
     Args:
-        student_features, teacher_features: any shape, the same, floating point.
+        student_features, teacher_features: ``[batch, …]``, of one shape, floating point.
 
     Returns:
-        Scalar: mean over all elements.
+        Scalar: mean over all elements (the paper: half their sum).
     """
-    if student_features.shape != teacher_features.shape:
-        raise ValueError(
-            f"student_features: expected the shape of teacher_features {list(teacher_features.shape)}, "
-            f"got {list(student_features.shape)}"
-        )
     student, teacher = _features(student_features, teacher_features)
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"student_features: expected the shape of teacher_features {list(teacher.shape)}, got {list(student.shape)}"
+        )
     return _mean((student - teacher).square())
 
 
@@ -148,15 +162,15 @@ def attention_transfer_loss(student_features: Tensor, teacher_features: Tensor) 
     map is averaged down to the smaller one.
 
     Args:
-        student_features, teacher_features: ``[batch, channels, height, width]``.
+        student_features, teacher_features: ``[batch, channels, height, width]``, floating point.
 
     Returns:
-        Scalar: mean squared difference of the maps.
+        Scalar: mean squared difference of the maps, as in the authors' code (the paper: its root, summed).
     """
-    for name, value in (("student_features", student_features), ("teacher_features", teacher_features)):
+    student, teacher = _features(student_features, teacher_features)
+    for name, value in (("student_features", student), ("teacher_features", teacher)):
         if value.dim() != 4:
             raise ValueError(f"{name}: expected shape [batch, channels, height, width], got {list(value.shape)}")
-    student, teacher = _features(student_features, teacher_features)
     size = [min(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:], strict=True)]
     return _mean((_attention(student, size) - _attention(teacher, size)).square())
 
@@ -168,7 +182,7 @@ def similarity_loss(student_features: Tensor, teacher_features: Tensor) -> Tenso
     differ.
 
     Args:
-        student_features, teacher_features: ``[batch, …]``.
+        student_features, teacher_features: ``[batch, …]``, floating point.
 
     Returns:
         Scalar: mean squared difference of the two ``[batch, batch]`` matrices of products, rows of unit length.
@@ -186,16 +200,19 @@ def relation_loss(
 ) -> Tensor:
     """Relational distillation (Park et al., arXiv 1904.05068, equations 4 to 9): distances of pairs, angles of triples.
 
-    Shapes beyond the batch may differ. Memory of the angles grows with batch³.
+    Shapes beyond the batch may differ. Memory grows with batch² times features, and with batch³.
 
     Args:
-        student_features, teacher_features: ``[batch, …]``.
-        distance_weight: of the distances, which are in units of their mean.
-        angle_weight: of the cosines at each sample between all pairs of others.
+        student_features, teacher_features: ``[batch, …]``, floating point.
+        distance_weight: >= 0, of the distances, which are in units of their mean.
+        angle_weight: >= 0, of the cosines at each sample between all pairs of others.
 
     Returns:
-        Scalar: weighted sum of the mean Huber losses of both.
+        Scalar: weighted sum of the mean Huber losses of both (the paper: their sums). Between samples that are alike
+        within rounding there is no angle: 0.
     """
+    check_weight("distance_weight", distance_weight)
+    check_weight("angle_weight", angle_weight)
     student, teacher = (value.flatten(1) for value in _features(student_features, teacher_features))
     distance = F.smooth_l1_loss(_distances(student), _distances(teacher), reduction="none")
     loss = distance_weight * _mean(distance)
@@ -222,7 +239,9 @@ def contrastive_loss(
     Returns:
         Scalar: -log h(positive) - Σ log(1 - h(negative)), mean over the batch, h = e^(a·b/τ) / (e^(a·b/τ) + count/M).
     """
-    scale = _temperature(temperature)
+    scale = check_temperature(temperature)
+    for name, value in (("anchors", anchors), ("positives", positives), ("negatives", negatives)):
+        _check_floating(name, value)
     if anchors.dim() != 2 or positives.shape != anchors.shape:
         raise ValueError(
             f"positives: expected the shape [batch, features] of anchors, got {list(positives.shape)} "
@@ -233,13 +252,15 @@ def contrastive_loss(
         raise ValueError(
             f"negatives: expected shape [{expected[0]}, count >= 1, {expected[1]}], got {list(negatives.shape)}"
         )
+    if isinstance(samples, bool) or not isinstance(samples, int):
+        raise TypeError(f"samples: expected a whole number above 0, got {samples!r}")
     if samples < 1:
-        raise ValueError(f"samples: expected a positive number, got {samples!r}")
-    anchors, positives, negatives = _wide(anchors), _wide(positives), _wide(negatives)
+        raise ValueError(f"samples: expected a whole number above 0, got {samples!r}")
+    anchors, positives, negatives = _wide(anchors, positives, negatives)
     # h is a sigmoid of a·b/τ - log(count/M), and log(1 - sigmoid(z)) = logsigmoid(-z)
     shift = math.log(negatives.shape[1] / samples)
     right = F.logsigmoid((anchors * positives).sum(1) / scale - shift)
-    wrong = F.logsigmoid(shift - (negatives @ anchors.unsqueeze(2)).squeeze(2) / scale)
+    wrong = F.logsigmoid(shift - _product(negatives, anchors.unsqueeze(2)).squeeze(2) / scale)
     return -_mean(right + wrong.sum(1))
 
 
@@ -262,12 +283,33 @@ def self_distillation_loss(outputs: Sequence[Tensor], temperature: float) -> Ten
 # --- what they share ----------------------------------------------------------------------------------------------
 
 
+def check_weight(name: str, value: float) -> None:
+    """A finite number, 0 or more."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, 0 or more, got {value!r}")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}: expected a finite number, 0 or more, got {value!r}")
+
+
+def check_temperature(value: float) -> float:
+    """A finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"temperature: expected a number above 0, got {value!r}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"temperature: expected a finite number above 0, got {value!r}")
+    return float(value)
+
+
+def _check_floating(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected floating point, got {value.dtype}")
+
+
 def _logits(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     for name, value in (("student_logits", student), ("teacher_logits", teacher)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-        if not value.is_floating_point():
-            raise TypeError(f"{name}: expected floating point, got {value.dtype}")
+        _check_floating(name, value)
         if value.dim() != 2:
             raise ValueError(f"{name}: expected shape [batch, classes], got {list(value.shape)}")
     if student.shape[0] != teacher.shape[0]:
@@ -278,15 +320,13 @@ def _logits(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"student_logits, teacher_logits: expected the same classes, got {student.shape[1]} and {teacher.shape[1]}"
         )
-    return _wide(student), _wide(teacher)
+    student, teacher = _wide(student, teacher)
+    return student, teacher
 
 
 def _features(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     for name, value in (("student_features", student), ("teacher_features", teacher)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-        if not value.is_floating_point():
-            raise TypeError(f"{name}: expected floating point, got {value.dtype}")
+        _check_floating(name, value)
         if value.dim() < 2:
             raise ValueError(f"{name}: expected shape [batch, ...], got {list(value.shape)}")
     if student.shape[0] != teacher.shape[0]:
@@ -294,24 +334,24 @@ def _features(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
             f"student_features, teacher_features: expected one batch, got {student.shape[0]} and "
             f"{teacher.shape[0]} samples"
         )
-    return _wide(student), _wide(teacher)
+    student, teacher = _wide(student, teacher)
+    return student, teacher
 
 
-def _wide(value: Tensor) -> Tensor:
-    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
-
-
-def _temperature(value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"temperature: expected a number above 0, got {value!r}")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"temperature: expected a finite number above 0, got {value!r}")
-    return float(value)
+def _wide(*values: Tensor) -> list[Tensor]:
+    """All in one dtype, float32 or wider."""
+    dtype = reduce(torch.promote_types, (value.dtype for value in values), torch.float32)
+    return [value.to(dtype) for value in values]
 
 
 def _mean(value: Tensor) -> Tensor:
     """Of no elements, 0 and not NaN: an empty batch has nothing to teach."""
     return value.sum() / max(value.numel(), 1)
+
+
+def _log_softmax(values: Tensor) -> Tensor:
+    """Finite, so that a class of probability 0 adds 0 to a divergence and not 0 · ∞."""
+    return F.log_softmax(values, dim=1).clamp(min=torch.finfo(values.dtype).min)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -324,21 +364,40 @@ def _against_rest(log_p: Tensor, right: Tensor) -> Tensor:
     return torch.stack([log_p[right], rest], dim=1)
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Not in half precision, which autocast would choose: sums over many features overflow it."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
+def _unit(vectors: Tensor, floor: Tensor | float = 1e-12, dim: int = 1) -> Tensor:
+    """Of length 1. What is not longer than ``floor`` becomes 0 without a gradient: one divided by its length would be
+    beyond all others."""
+    length = torch.linalg.vector_norm(vectors, dim=dim, keepdim=True)
+    return vectors / torch.where(length > floor, length, math.inf)
+
+
+def _centred(rows: Tensor) -> Tensor:
+    """Rows less their mean, of length 1; 0 where nothing is left but rounding."""
+    rounding = 4 * torch.finfo(rows.dtype).eps * torch.linalg.vector_norm(rows.detach(), dim=1, keepdim=True)
+    return _unit(rows - rows.mean(1, keepdim=True), rounding)
+
+
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
     """Pearson's, of each row."""
-    return F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1, eps=1e-8)
+    return (_centred(a) * _centred(b)).sum(1)
 
 
 def _attention(features: Tensor, size: Sequence[int]) -> Tensor:
     energy = features.square().mean(1, keepdim=True)
     if list(energy.shape[2:]) != list(size):
         energy = F.adaptive_avg_pool2d(energy, (size[0], size[1]))
-    return F.normalize(energy.flatten(1), dim=1)
+    return _unit(energy.flatten(1))
 
 
 def _products(features: Tensor) -> Tensor:
     flat = features.flatten(1)
-    return F.normalize(flat @ flat.t(), dim=1)
+    return _unit(_product(flat, flat.t()))
 
 
 def _distances(flat: Tensor) -> Tensor:
@@ -352,5 +411,6 @@ def _distances(flat: Tensor) -> Tensor:
 
 def _angles(flat: Tensor) -> Tensor:
     """``[batch, batch, batch]``: cosine at sample i between those to j and k."""
-    to = F.normalize(flat.unsqueeze(0) - flat.unsqueeze(1), dim=2)
-    return to @ to.transpose(1, 2)
+    rounding = torch.finfo(flat.dtype).eps * torch.linalg.vector_norm(flat.detach())
+    to = _unit(flat.unsqueeze(0) - flat.unsqueeze(1), rounding, dim=2)
+    return _product(to, to.transpose(1, 2))

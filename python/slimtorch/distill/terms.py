@@ -8,8 +8,9 @@ projection, where one is needed, and is trained with the student.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from slimtorch.distill import losses
 from slimtorch.distill.contrast import ContrastiveMemory
+from slimtorch.distill.losses import check_temperature
+from slimtorch.distill.losses import check_weight as check_weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,7 @@ class SoftTargets(OutputTerm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        losses._temperature(self.temperature)
+        check_temperature(self.temperature)
 
     def loss(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
         return losses.soft_target_loss(student, teacher, self.temperature)
@@ -65,7 +68,9 @@ class Decoupled(OutputTerm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        losses._temperature(self.temperature)
+        check_temperature(self.temperature)
+        check_weight("Decoupled.target_weight", self.target_weight)
+        check_weight("Decoupled.other_weight", self.other_weight)
 
     def loss(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
         if labels is None:
@@ -86,7 +91,9 @@ class Dist(OutputTerm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        losses._temperature(self.temperature)
+        check_temperature(self.temperature)
+        check_weight("Dist.inter_weight", self.inter_weight)
+        check_weight("Dist.intra_weight", self.intra_weight)
 
     def loss(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
         return losses.dist_loss(
@@ -110,7 +117,13 @@ class FeatureTerm:
     member: int = 0
 
     def __post_init__(self) -> None:
-        check_weight(f"{type(self).__name__}.weight", self.weight)
+        kind = type(self).__name__
+        for which, layer in (("student", self.student), ("teacher", self.teacher)):
+            if not isinstance(layer, str):
+                raise TypeError(f"{kind}.{which}: expected the name of a layer, got {layer!r}")
+        if isinstance(self.member, bool) or not isinstance(self.member, int):
+            raise TypeError(f"{kind}.member: expected the number of a teacher, got {self.member!r}")
+        check_weight(f"{kind}.weight", self.weight)
 
     def build(self, student: Tensor, teacher: Tensor) -> nn.Module:
         """A module ``(student, teacher, indices) -> loss`` for features of these shapes, batch first."""
@@ -170,11 +183,14 @@ class Relation(FeatureTerm):
     distance_weight: float = 1.0
     angle_weight: float = 2.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_weight("Relation.distance_weight", self.distance_weight)
+        check_weight("Relation.angle_weight", self.angle_weight)
+
     def build(self, student: Tensor, teacher: Tensor) -> nn.Module:
         return _Loss(
-            lambda a, b: losses.relation_loss(
-                a, b, distance_weight=self.distance_weight, angle_weight=self.angle_weight
-            )
+            partial(losses.relation_loss, distance_weight=self.distance_weight, angle_weight=self.angle_weight)
         )
 
 
@@ -203,26 +219,15 @@ class Contrastive(FeatureTerm):
         )  # fmt: skip
 
 
-def check_weight(name: str, value: float) -> None:
-    """A finite number, 0 or more."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, 0 or more, got {value!r}")
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name}: expected a finite number, 0 or more, got {value!r}")
-
-
 class _Loss(nn.Module):
     """A plain function of two features as a module of a term."""
 
-    def __init__(self, function: object) -> None:
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         self.function = function
 
     def forward(self, student: Tensor, teacher: Tensor, indices: Tensor | None) -> Tensor:
-        assert callable(self.function)
-        loss = self.function(student, teacher)
-        assert isinstance(loss, Tensor)
-        return loss
+        return self.function(student, teacher)
 
 
 class _Projected(nn.Module):
@@ -235,7 +240,7 @@ class _Projected(nn.Module):
                 f"Hint({term.student!r}, {term.teacher!r}): a projection goes between features of 2 to 4 dimensions, "
                 f"as many on both sides, got shapes {list(student.shape)} and {list(teacher.shape)}"
             )
-        self.projection: nn.Module
+        self.projection: nn.Conv2d | nn.Linear
         if student.dim() == 4:
             self.projection = nn.Conv2d(student.shape[1], teacher.shape[1], 1, bias=False)
         else:
@@ -245,11 +250,11 @@ class _Projected(nn.Module):
                     f"got {student.shape[1]} and {teacher.shape[1]}"
                 )
             self.projection = nn.Linear(student.shape[-1], teacher.shape[-1], bias=False)
-        self.to(device=student.device, dtype=student.dtype if student.dtype == torch.float64 else None)
+        if student.dtype == torch.float64:
+            self.double()
 
     def forward(self, student: Tensor, teacher: Tensor, indices: Tensor | None) -> Tensor:
         if student.dim() == 4 and student.shape[2:] != teacher.shape[2:]:
             student = F.adaptive_avg_pool2d(student, (teacher.shape[2], teacher.shape[3]))
-        projected = self.projection(student)
-        assert isinstance(projected, Tensor)
-        return losses.hint_loss(projected, teacher)
+        # weights stay float32 where the student's features are of half precision
+        return losses.hint_loss(self.projection(student.to(self.projection.weight.dtype)), teacher)
