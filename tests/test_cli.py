@@ -149,13 +149,27 @@ def test_compress_writes_report_json_and_model(recipe, tmp_path):
     found = json.loads((out / "results.json").read_text())
     assert json.loads((tmp_path / "all.json").read_text()) == found
     assert [phase["kind"] for phase in found["phases"]] == ["start", "train", "prune", "pack"]
-    assert "2-prune" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "2-prune" in page
+    assert page.count("<figure>") == 1
+    assert (out / "phases.png").read_bytes().startswith(b"\x89PNG")
     fresh = slim.load(out / "model.slim", nn.Sequential(nn.Flatten(), nn.Linear(784, 10)))
     weight = fresh[1].weight
     assert (weight == 0).float().mean() == pytest.approx(0.5, abs=0.01)
     again = run("compress", "--recipe", recipe)
     assert again.exit_code == 0, again.output
     assert json.loads((out / "results.json").read_text()) == found  # nothing was done, or timed, again
+
+
+def test_compress_without_matplotlib_says_so_and_writes_the_rest(recipe, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = run("compress", "--recipe", recipe)
+    assert result.exit_code == 0, result.output
+    assert "plots need the package matplotlib" in result.output
+    out = recipe.parent / "slimtorch-small"
+    assert "<figure>" not in (out / "report.html").read_text()
+    assert (out / "model.slim").exists()
+    assert not (out / "phases.png").exists()
 
 
 def test_compress_that_is_interrupted_says_how_to_go_on(recipe, monkeypatch):

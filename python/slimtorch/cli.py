@@ -333,7 +333,12 @@ def compress(
                 except ValueError as error:
                     (folder / "model.slim").unlink(missing_ok=True)
                     tables[0].notes.append(f"no model.slim: {error}")
-                _save(folder, json_file, TITLE, LEAD, tables, [], [], result.report.to_dict())
+                try:
+                    figures = result.report.figures()
+                except ImportError as error:  # what was done is worth more than its picture
+                    figures = []
+                    tables[-1].notes.append(str(error))
+                _save(folder, json_file, TITLE, LEAD, tables, figures, [], result.report.to_dict())
             _print(console, tables, folder, json_file)
     except KeyboardInterrupt:
         typer.echo("interrupted: what is finished is kept, the same command goes on from there", err=True)

@@ -316,7 +316,17 @@ def test_tables_json_and_html(data: Digits, tmp_path: Path) -> None:
     assert "2-cluster" in str(result)
     found = json.loads(json.dumps(report.to_dict()))
     assert recipe.RecipeReport.from_dict(found) == report
-    assert report.to_html().startswith("<!doctype html>")
+    page = report.to_html()
+    assert page.startswith("<!doctype html>")
+    assert page.count("<figure>") == 1
+    (name, _, figure), *_ = report.figures()
+    assert name == "phases"
+    accuracy, size, latency = figure.axes
+    assert [t.get_text() for t in accuracy.get_xticklabels()] == ["1-train", "2-cluster"]  # from the trained one on
+    assert accuracy.lines[0].get_ydata() == pytest.approx([100 * phase.test for phase in report.phases[1:]])
+    assert size.lines[0].get_ydata() == pytest.approx([phase.bytes_file / 1024 for phase in report.phases[1:]])
+    ratio = report.phases[2].latency[5].median / report.phases[1].latency[5].median
+    assert latency.lines[1].get_ydata() == pytest.approx([1, ratio])
     for phase in report.phases:
         assert set(phase.latency) == {1, 5}
         assert phase.latency[1].samples == 3

@@ -40,7 +40,7 @@ from slimtorch.experiments.catalogue import Experiment, Progress, Result, Settin
 from slimtorch.experiments.compare import _build_stamp
 from slimtorch.experiments.loop import evaluate, fit
 from slimtorch.experiments.pruned import check_digits, steps_of
-from slimtorch.experiments.rivals import ONEDNN, TORCH, dense_rivals
+from slimtorch.experiments.rivals import ONEDNN, TORCH, dense_rivals, frozen_segments
 from slimtorch.experiments.store import Record, Store
 from slimtorch.experiments.summary import over_seeds, percent
 from slimtorch.experiments.trials import Trial, run_all
@@ -247,19 +247,6 @@ def trials(chosen: Plan) -> dict[tuple[str, int], Trial]:
 
 
 # --- timing -----------------------------------------------------------------------------------------------------------
-
-
-def frozen_segments(model: EarlyExit, x: Tensor) -> list[Callable[[Any], Any]]:
-    """Each segment as frozen TorchScript, as the dense rival is."""
-    found: list[Callable[[Any], Any]] = []
-    state: Any = x
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.jit announces its age
-        for number, segment in enumerate(model.segments()):
-            found.append(torch.jit.optimize_for_inference(torch.jit.trace(segment.eval(), (state,), check_trace=False)))
-            if number < len(model.heads):
-                state = segment.stage(state)
-    return found
 
 
 def _timed(

@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import statistics
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from slimtorch.data import Digits, load
 from slimtorch.dynamic import EarlyExit
 from slimtorch.experiments import machine
 from slimtorch.experiments.catalogue import Experiment, Progress, Result, Settings
-from slimtorch.experiments.rivals import FROZEN, dense_rivals, frozen
+from slimtorch.experiments.rivals import FROZEN, dense_rivals, frozen, frozen_segments
 from slimtorch.experiments.store import Record, Store, digest
 from slimtorch.experiments.summary import over_seeds, percent
 from slimtorch.experiments.trials import Trial, run_all
@@ -220,18 +219,13 @@ def _decoded(network: nn.Module) -> nn.Module:
 
 def _frozen_segments(network: EarlyExit, x: Tensor) -> Callable[[Tensor], Tensor] | None:
     """Its segments as frozen TorchScript; None where that cannot be or differs."""
-    segments: list[Any] = []
-    with torch.inference_mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the converter announces its age
-        expected, state = network(x), x
-        try:
-            for segment, stage in zip(network.segments(), network.stages, strict=True):
-                segments.append(torch.jit.optimize_for_inference(torch.jit.trace(segment.eval(), state)))
-                state = stage(state)
-            call = network.with_segments(segments)
+    try:
+        call = network.with_segments(frozen_segments(network, x))
+        with torch.inference_mode():
+            expected = network(x)
             same = torch.allclose(call(x), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-        except (RuntimeError, TypeError, NotImplementedError):
-            return None
+    except (RuntimeError, TypeError, NotImplementedError):
+        return None
     return call if same else None
 
 
@@ -449,32 +443,18 @@ def figures(found: Mapping[str, Any]) -> list[tuple[str, str, Figure]]:
 
 def _way(found: Mapping[str, Any]) -> Figure:
     """Accuracy, size and latency after each phase."""
-    from slimtorch.experiments.plots import COLORS, band, new_figure, plain_ticks
+    from slimtorch.experiments.plots import phase_by_phase
 
     rows = found["rows"]
-    phases = [rows["dense"][-1], *rows["combined"]]
+    phases = [rows["dense"][-1], *rows["combined"], rows["combined"][-1]]
     timed = ["dense", *(f"phase:{phase['name']}" for phase in rows["combined"]), "combined"]
     names = ["dense", *(phase["name"] for phase in rows["combined"]), "packed"]
-    figure, (accuracy, size, latency) = new_figure(3, width=4.4)
-    x = list(range(len(names)))
-    band(accuracy, x[:-1], [[100 * v for v in row] for row in zip(*(p["test"] for p in phases), strict=True)], None,
-         COLORS[0], marker="o")  # fmt: skip
-    accuracy.set_ylabel("test accuracy, %")
-    kib = [_mean(phase["bytes_file"]) / 1024 for phase in phases] + [found["sizes"]["combined"] / 1024]
-    size.plot(x, kib, marker="o", color=COLORS[0])
-    size.set_ylabel("file, KiB")
-    for color, (batch, times) in zip(COLORS[2:], found["times"].items(), strict=False):
-        base = _best(times, "dense")
-        latency.plot(x, [_best(times, name) / base for name in timed], marker="o", color=color, label=f"batch {batch}")
-    latency.axhline(1, color="black", linewidth=1)
-    latency.set_ylabel("latency / best dense")
-    latency.set_ylim(bottom=0)
-    latency.legend(fontsize=8, frameon=False)
-    size.set_yscale("log")
-    plain_ticks(size.yaxis)
-    for axis in (accuracy, size, latency):
-        axis.set_xticks(x, names, rotation=45, ha="right", fontsize=8)
-    return figure
+    sizes = [*(_mean(phase["bytes_file"]) for phase in phases[:-1]), found["sizes"]["combined"]]
+    latency = {
+        batch: [_best(times, name) / _best(times, "dense") for name in timed] for batch, times in found["times"].items()
+    }
+    accuracy = list(zip(*(phase["test"] for phase in phases), strict=True))
+    return phase_by_phase(names, accuracy, sizes, latency, "best dense")
 
 
 EXPERIMENT = Experiment(

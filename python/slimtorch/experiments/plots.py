@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import io
+import itertools
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -165,6 +167,42 @@ def band(
         low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
         high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
         axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+
+
+def phase_by_phase(
+    names: Sequence[str],
+    accuracy: Sequence[Sequence[float]],
+    bytes_file: Sequence[float | None],
+    latency: Mapping[int, Sequence[float]],
+    rival: str,
+) -> Figure:
+    """What phases do to a network, a panel each: accuracy, size of the file, and latency where it was measured.
+
+    Args:
+        names: of the phases.
+        accuracy: for each seed, of each phase, in [0, 1].
+        bytes_file: of each phase; None where there is no file.
+        latency: batch size → of each phase, as a multiple of ``rival``'s.
+        rival: what latencies are compared with, in words.
+    """
+    figure, (left, middle, *right) = new_figure(3 if latency else 2, width=4.4)
+    x = list(range(len(names)))
+    band(left, x, [[100 * value for value in row] for row in accuracy], None, COLORS[0], marker="o")
+    left.set_ylabel("test accuracy, %")
+    middle.plot(x, [math.nan if size is None else size / 1024 for size in bytes_file], marker="o", color=COLORS[0])
+    middle.set_ylabel("file, KiB")
+    middle.set_yscale("log")
+    plain_ticks(middle.yaxis)
+    for axis in right:
+        for color, (batch, ratios) in zip(itertools.cycle(COLORS[2:]), latency.items(), strict=False):
+            axis.plot(x, ratios, marker="o", color=color, label=f"batch {batch}")
+        axis.axhline(1, color="black", linewidth=1)
+        axis.set_ylabel(f"latency / {rival}")
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize=8, frameon=False)
+    for axis in (left, middle, *right):
+        axis.set_xticks(x, names, rotation=45, ha="right", fontsize=8)
+    return figure
 
 
 def save_png(figure: Figure, path: Path, metadata: dict[str, str] | None = None) -> None:

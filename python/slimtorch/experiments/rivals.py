@@ -6,11 +6,13 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import mkldnn
 
+from slimtorch.dynamic import EarlyExit
 from slimtorch.measure import Latency
 
 TORCH, ONEDNN, FROZEN = "torch", "oneDNN", "frozen"
@@ -62,6 +64,23 @@ def _onednn(model: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
 def _frozen(model: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
     traced = torch.jit.optimize_for_inference(torch.jit.trace(model, x))
     return lambda: traced(x)
+
+
+def frozen_segments(model: EarlyExit, x: torch.Tensor) -> list[Callable[[Any], Any]]:
+    """Each segment of a network with exits as frozen TorchScript, for `EarlyExit.with_segments`.
+
+    Raises:
+        RuntimeError, TypeError, NotImplementedError: a segment that cannot be.
+    """
+    found: list[Callable[[Any], Any]] = []
+    state: Any = x
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the converter announces its age
+        for number, segment in enumerate(model.segments()):
+            found.append(torch.jit.optimize_for_inference(torch.jit.trace(segment.eval(), (state,), check_trace=False)))
+            if number < len(model.heads):
+                state = segment.stage(state)
+    return found
 
 
 def best_dense(latencies: Mapping[str, Latency]) -> float:

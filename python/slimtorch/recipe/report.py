@@ -5,10 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slimtorch.measure import Latency
 from slimtorch.report import Table, format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass
@@ -95,6 +98,25 @@ class RecipeReport:
             tables.append(Table("Measured latency", columns, rows, notes))
         return tables
 
+    def figures(self) -> list[tuple[str, str, Figure]]:
+        """(file name, caption, figure): accuracy, size and latency, from the network that is compared with on.
+
+        Raises:
+            ImportError: matplotlib is not there; the message names the extra.
+        """
+        from slimtorch.experiments.plots import phase_by_phase
+
+        base = self.reference
+        shown = self.phases[self.phases.index(base) :]
+        latency = {
+            batch: [phase.latency[batch].median / own.median for phase in shown] for batch, own in base.latency.items()
+        }
+        drawn = phase_by_phase(
+            [phase.name for phase in shown], [[phase.test for phase in shown]], [phase.bytes_file for phase in shown],
+            latency, base.name,
+        )  # fmt: skip
+        return [("phases", f"Phase by phase, from {base.name} on.", drawn)]
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {**asdict(self), "reference": self.reference.name}
@@ -106,10 +128,14 @@ class RecipeReport:
         return cls(phases, found["data"], found["threads"])
 
     def to_html(self) -> str:
-        """One page that needs no other file."""
-        from slimtorch.experiments import html
+        """One page that needs no other file; with a plot where matplotlib is there."""
+        from slimtorch.experiments import html, plots
 
-        return html.page(TITLE, LEAD, self.tables(), [], [])
+        try:
+            drawings = [(caption, plots.svg(figure)) for _, caption, figure in self.figures()]
+        except ImportError:
+            drawings = []
+        return html.page(TITLE, LEAD, self.tables(), drawings, [])
 
     def __str__(self) -> str:
         return "\n\n".join(str(table) for table in self.tables())
