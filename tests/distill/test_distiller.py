@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import copy
+import math
+import pickle
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -124,9 +128,7 @@ def test_ensemble_is_the_geometric_mean() -> None:
 def test_second_teacher_is_tapped() -> None:
     student, teacher, x, y = pair()
     other = convolutional(2)
-    distiller = Distiller(
-        student, [teacher, other], distill.Hint("3", "3", member=1), hard_loss=None, example_inputs=x
-    )
+    distiller = Distiller(student, [teacher, other], distill.Hint("3", "3", member=1), hard_loss=None, example_inputs=x)
     torch.testing.assert_close(distiller(x, y)[0], F.mse_loss(student[:4](x), other[:4](x)))
 
 
@@ -156,22 +158,49 @@ def test_student_with_exits() -> None:
     torch.testing.assert_close(loss, expected)
 
 
-@pytest.mark.parametrize("kind", ["sparse", "codebook", "binary"])
-def test_packed_and_quantized_students(kind: str) -> None:
-    torch.manual_seed(0)
+def compressed(kind: str) -> nn.Sequential:
+    """16-24-5, its layers of one kind."""
     student = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 5))
-    x, y = torch.randn(8, 16), torch.randint(5, (8,))
-    if kind == "sparse":
-        slim.prune_(student, slim.prune.Magnitude(0.5))
-        slim.pack_(student, x, formats="sparse")
-    elif kind == "codebook":
+    slim.prune_(student, slim.prune.Magnitude(0.5))
+    if kind == "masked":
+        return student
+    slim.prune.bake_(student)
+    if kind == "clustered":
         slim.cluster_(student, slim.quantize.KMeans(bits=2))
-    else:
+    elif kind == "binary":
         slim.binarize_(student, slim.quantize.BinaryConnect())
-    student.train()
+    elif kind == "binary inputs":
+        slim.binarize_(student, slim.quantize.XnorNet())
+    else:
+        layer = getattr(slim.nn, kind)
+        student[0], student[2] = layer.from_dense(student[0]), layer.from_dense(student[2])
+    return student
+
+
+PACKED = ["SparseLinear", "BlockSparseLinear", "CodebookLinear", "SparseCodebookLinear", "BinaryLinear"]
+
+
+@pytest.mark.parametrize("kind", [*PACKED, "masked", "clustered", "binary", "binary inputs"])
+def test_compressed_students(kind: str) -> None:
+    """They get the gradients that the same loss gives when it is written out, and learn."""
+    torch.manual_seed(0)
+    student = compressed(kind).train()
     teacher = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 5))
+    x, y = torch.randn(8, 16), torch.randint(5, (8,))
     distiller = Distiller(student, teacher, [distill.SoftTargets(), distill.Hint("0", "0")], example_inputs=x)
-    optimizer = torch.optim.Adam(distiller.parameters(), lr=0.02)
+    loss, logits = distiller(x, y)
+    hidden = student[0](x)
+    with torch.no_grad():
+        seen, told = teacher[0](x), teacher(x)
+    expected = F.cross_entropy(student[2](hidden.relu()), y) + distill.soft_target_loss(logits, told, 4.0)
+    expected = expected + F.mse_loss(distiller.heads[0].projection(hidden), seen)
+    torch.testing.assert_close(loss, expected)
+    learned = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
+    grads = torch.autograd.grad(expected, learned, retain_graph=True)
+    for grad, wanted in zip(torch.autograd.grad(loss, learned), grads, strict=True):
+        assert float(wanted.abs().sum()) > 0
+        torch.testing.assert_close(grad, wanted)
+    optimizer = torch.optim.Adam(learned, lr=0.02)
     losses = []
     for _ in range(30):
         loss, _ = distiller(x, y)
@@ -182,16 +211,60 @@ def test_packed_and_quantized_students(kind: str) -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_autocast() -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast(dtype: torch.dtype) -> None:
+    """Models run in half precision; the loss is what it is of their outputs in float32, and so are its gradients."""
     student, teacher, x, y = pair()
     distiller = Distiller(student, teacher, [distill.SoftTargets(), distill.Hint("3", "3")], example_inputs=x)
-    exact = distiller(x, y)[0]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=dtype):
         loss, logits = distiller(x, y)
-    assert logits.dtype == torch.bfloat16
+        hidden = student[:4](x)
+        with torch.no_grad():
+            seen, told = teacher[:4](x).float(), teacher(x).float()
+        projected = distiller.heads[0].projection(hidden)
+        assert {value.dtype for value in (logits, hidden, projected)} == {dtype}
+        own = student[4:](hidden)
+    # cast for each, so that gradients are rounded where those of the terms are
+    expected = F.cross_entropy(own.float(), y) + distill.soft_target_loss(own.float(), told, 4.0)
+    expected = expected + F.mse_loss(projected.float(), seen)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, exact, rtol=0.05, atol=0.02)
+    torch.testing.assert_close(loss, expected)
+    learned = list(distiller.parameters())
+    grads = torch.autograd.grad(expected, learned)
+    for grad, wanted in zip(torch.autograd.grad(loss, learned), grads, strict=True):
+        assert grad.dtype == torch.float32
+        torch.testing.assert_close(grad, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_of_one_dtype(dtype: torch.dtype) -> None:
+    """Projections and embeddings stay float32 at least, and so does the loss."""
+    student, teacher, x, y = pair()
+    terms = [
+        distill.SoftTargets(), distill.Hint("3", "3"), distill.Hint("6", "6", project=True),
+        distill.Contrastive("5", "5", samples=20, features=4, negatives=3),
+    ]  # fmt: skip
+    distiller = Distiller(student.to(dtype), teacher.to(dtype), terms, example_inputs=x.to(dtype))
+    loss = distiller(x.to(dtype), y, indices=torch.arange(6))[0]
+    assert loss.dtype == torch.promote_types(dtype, torch.float32)
     loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == p.dtype for p in distiller.parameters())
+    again = copy.deepcopy(distiller).to(dtype)
+    again.load_state_dict(distiller.state_dict())
+    assert again(x.to(dtype), y, indices=torch.arange(6))[0].dtype == loss.dtype
+
+
+def test_a_loss_in_float64_is_exact() -> None:
+    student, teacher, x, y = pair()
+    x = x.double()
+    terms = [distill.SoftTargets(), distill.Dist(), distill.Hint("3", "3")]
+    distiller = Distiller(student.double(), teacher.double(), terms, example_inputs=x)
+    bias = student[6].bias
+
+    def loss(values: Tensor) -> Tensor:
+        return torch.func.functional_call(distiller, {"student.6.bias": values}, (x, y))[0]
+
+    assert torch.autograd.gradcheck(loss, (bias.detach().clone().requires_grad_(),))
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
@@ -215,6 +288,180 @@ def test_copies_and_dtypes() -> None:
     torch.testing.assert_close(fresh(x, y)[0], distiller(x, y)[0])
 
 
+def test_pickle() -> None:
+    student, teacher, x, y = pair()
+    terms = [
+        distill.Decoupled(), distill.Dist(), distill.Hint("3", "3"), distill.Attention("3", "3"),
+        distill.Similarity("5", "5"), distill.Relation("5", "5"), distill.Contrastive("5", "5", samples=6, negatives=3),
+    ]  # fmt: skip
+    distiller = Distiller(student, teacher, terms, example_inputs=x).eval()
+    distiller(x, y, indices=torch.arange(6))[0].backward()
+    again = pickle.loads(pickle.dumps(distiller))
+    for one in (distiller, copy.deepcopy(distiller), again):
+        torch.manual_seed(1)  # negatives are drawn
+        value = one(x, y, indices=torch.arange(6))[0]
+        if one is distiller:
+            expected = value
+        assert torch.equal(value, expected)
+    assert again.teachers[0] is not teacher
+    assert {name.split(".")[0] for name in again.state_dict()} == {"student", "heads"}
+
+
+class Body(nn.Module):
+    """One layer under two names that runs twice, then one that changes in place what the one before it gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = self.first
+        self.norm, self.relu, self.head = nn.LayerNorm(4), nn.ReLU(inplace=True), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.relu(self.norm(self.second(self.first(x)))))
+
+
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_shared_layer_that_runs_twice(name: str) -> None:
+    """It is found under both names, and its last output counts."""
+    torch.manual_seed(0)
+    student, teacher, x = Body(), Body(), torch.randn(3, 4)
+    distiller = Distiller(student, teacher, distill.Hint(name, "second"), hard_loss=None, example_inputs=x)
+    expected = F.mse_loss(student.first(student.first(x)), teacher.first(teacher.first(x)))
+    torch.testing.assert_close(distiller(x)[0], expected)
+
+
+def test_what_follows_a_tap_may_change_it_in_place() -> None:
+    torch.manual_seed(0)
+    student, teacher, x = Body(), Body(), torch.randn(3, 4)
+    distiller = Distiller(student, teacher, distill.Hint("norm", "norm"), hard_loss=None, example_inputs=x)
+    with torch.no_grad():
+        ours = student.norm(student.second(student.first(x)))
+        theirs = teacher.norm(teacher.second(teacher.first(x)))
+    assert float(ours.min()) < 0
+    loss = distiller(x)[0]
+    torch.testing.assert_close(loss, F.mse_loss(ours, theirs))
+    loss.backward()
+    assert student.first.weight.grad is not None
+    assert float(student.first.weight.grad.abs().sum()) > 0
+
+
+def test_errors_leave_no_hooks_and_no_modes() -> None:
+    student, teacher, x, y = pair()
+    teacher.train()
+    distiller = Distiller(student, teacher, [distill.Hint("0", "0"), distill.Hint("3", "3")], example_inputs=x)
+    with pytest.raises(RuntimeError, match="channels"):
+        distiller(x.repeat(1, 2, 1, 1), y)  # the student breaks down
+    distiller.student = convolutional(2)
+    teacher[6] = nn.Linear(7, 5)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        distiller(x, y)  # the teacher does, after its taps
+    student[3] = nn.Identity()
+    distiller.student = nn.Sequential(student[0])
+    with pytest.raises(ValueError, match="the student has no layer '3'; closest: '0'"):
+        distiller(x, y)  # the second tap is not found
+    assert teacher.training
+    assert all(module.training for module in teacher.modules())
+    for model in (student, teacher, distiller.student):
+        assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_gradients_end_at_known_logits() -> None:
+    student, teacher, x, y = pair()
+    Distiller(student, None, distill.SoftTargets())(x, y, teacher_logits=teacher(x))[0].backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_terms_of_features_ask_nothing_of_logits() -> None:
+    student, teacher, x, y = pair()
+    other = nn.Sequential(nn.Flatten(), nn.Linear(64, 7))
+    terms = [distill.Similarity("5", "5"), distill.Similarity("5", "1", member=1)]
+    distiller = Distiller(student, [teacher, other], terms, hard_loss=None, example_inputs=x)
+    features, shown = student[:6](x), other(x).detach()
+    expected = distill.similarity_loss(features, teacher[:6](x)) + distill.similarity_loss(features, shown)
+    torch.testing.assert_close(distiller(x, y)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("way", "name"),
+    [
+        ("student", "3"), ("student", "_orig_mod.3"), ("student in place", "3"), ("part", "3"), ("teacher", "3"),
+        ("teacher", "_orig_mod.3"), ("distiller", "3"),
+    ],
+)  # fmt: skip
+def test_compiled(way: str, name: str) -> None:
+    """Compiled code runs no hooks that came after it; taps see each batch nevertheless."""
+    torch._dynamo.reset()
+    student, teacher, x, y = pair()
+    terms = [distill.SoftTargets(), distill.Hint("3", "3")]
+    plain = Distiller(student, teacher, terms, example_inputs=x)
+    compiled = partial(torch.compile, backend="eager")
+    wrapped, told = student, teacher
+    if way == "student":
+        wrapped = compiled(student)
+        terms = [terms[0], distill.Hint(name, "3")]
+    elif way == "student in place":
+        wrapped = copy.deepcopy(student)
+        wrapped.compile(backend="eager")
+    elif way == "part":
+        wrapped = copy.deepcopy(student)
+        wrapped[3] = compiled(wrapped[3])
+    elif way == "teacher":
+        told = compiled(teacher)
+        terms = [terms[0], distill.Hint("3", name)]
+    wrapped(x), told(x)  # compiled before anything is tapped
+    distiller = Distiller(wrapped, told, terms, example_inputs=x)
+    distiller.heads.load_state_dict(plain.heads.state_dict())
+    call = compiled(distiller) if way == "distiller" else distiller
+    for batch in torch.randn(3, 6, 1, 8, 8):
+        loss = call(batch, y)[0]
+        torch.testing.assert_close(loss, plain(batch, y)[0])
+        wrapped(batch)  # untapped calls between
+    loss.backward()
+    weight = next(distiller.student.parameters())
+    assert weight.grad is not None
+    assert float(weight.grad.abs().sum()) > 0
+
+
+def test_contrastive_scores_are_normalized_once() -> None:
+    """The first batch in train mode says what scores are divided by: M times their mean."""
+    torch.manual_seed(0)
+    memory = distill.ContrastiveMemory(4, 6, samples=2, features=3, negatives=2, temperature=0.5)
+    s, t, indices = torch.randn(2, 4), torch.randn(2, 6), torch.tensor([0, 1])
+    a, b = F.normalize(memory.student_embedding(s), dim=1), F.normalize(memory.teacher_embedding(t), dim=1)
+    swapped = torch.tensor([1, 0])
+    scores = ((a * memory.teacher_memory[swapped]).sum(1), (b * memory.student_memory[swapped]).sum(1))
+    expected = torch.stack([(2 * (2 * one).exp().mean()).log() for one in scores])
+    loss = memory(s, t, indices)
+    torch.testing.assert_close(memory.log_normalizers, expected)
+    held = memory.log_normalizers.clone()
+    memory(s.flip(0), t, indices)
+    assert torch.equal(memory.log_normalizers, held)
+    assert math.isfinite(float(loss.detach()))
+
+
+def test_contrastive_learns_to_tell_samples_apart() -> None:
+    """Without a normalisation of the scores the loss starts in the hundreds, and half as many are found."""
+    torch.manual_seed(0)
+    x = torch.randn(300, 8)
+    teacher = nn.Sequential(nn.Linear(8, 32), nn.ReLU()).requires_grad_(False)
+    student = nn.Sequential(nn.Linear(8, 16), nn.ReLU())
+    memory = distill.ContrastiveMemory(16, 32, samples=300, features=32, negatives=64)
+    optimizer = torch.optim.Adam([*student.parameters(), *memory.parameters()], lr=3e-3)
+    for step in range(150):
+        indices = torch.randperm(300)[:50]
+        loss = memory(student(x[indices]), teacher(x[indices]), indices)
+        if not step:
+            assert float(loss.detach()) < 30
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        ours = F.normalize(memory.student_embedding(student(x)), dim=1)
+        theirs = F.normalize(memory.teacher_embedding(teacher(x)), dim=1)
+    found = (ours @ theirs.t()).argmax(1) == torch.arange(300)
+    assert float(found.float().mean()) > 0.5
+
+
 def test_contrastive_memory_moves() -> None:
     memory = distill.ContrastiveMemory(4, 6, samples=10, features=3, negatives=5, momentum=0.5)
     before = memory.student_memory.clone()
@@ -235,6 +482,7 @@ def test_bad_input() -> None:
     soft = distill.SoftTargets()
     for terms, text in (
         ([], "terms: expected at least one"),
+        (distill.Hint("layer1.conv", "3"), "terms: the student has no layer 'layer1.conv'; closest: '0', '1', '2'"),
         (distill.Hint("3x", "3"), "terms: the student has no layer '3x'; closest: '3'"),
         (distill.Hint("3", "9"), "terms: the teacher has no layer '9'"),
         (distill.Hint("3", "3", member=1), "member from 0 to 0"),
@@ -250,8 +498,26 @@ def test_bad_input() -> None:
         Distiller(student, student, soft)
     with pytest.raises(TypeError, match="terms: expected terms such as"):
         Distiller(student, teacher, [distill.soft_target_loss])  # type: ignore[list-item]
-    with pytest.raises(ValueError, match="temperature: expected"):
-        distill.SoftTargets(temperature=0)
+    with pytest.raises(TypeError, match=r"terms: expected terms such as .* got 'soft'"):
+        Distiller(student, teacher, "soft")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"terms: expected terms such as .* got 3"):
+        Distiller(student, teacher, 3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="student: expected a module, got function"):
+        Distiller(lambda x: x, teacher, soft)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"teacher: expected a module, or a sequence of them, got str"):
+        Distiller(student, ["teacher"], soft)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="teacher: expected a model, several, or None, got an empty sequence"):
+        Distiller(student, [], soft)
+    with pytest.raises(TypeError, match="hard_loss: expected a function or None, got 'ce'"):
+        Distiller(student, teacher, soft, hard_loss="ce")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="terms of features need a teacher to tap"):
+        Distiller(student, None, distill.Hint("3", "3"), example_inputs=x)
+    with pytest.raises(ValueError, match="one batch, got 6 and 5 samples"):
+        Distiller(student, None, soft)(x, y, teacher_logits=torch.zeros(5, 5))
+    with pytest.raises(TypeError, match="teacher_logits: expected a tensor or None, got list"):
+        Distiller(student, None, soft)(x, y, teacher_logits=[0.0])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="labels: Decoupled needs them"):
+        Distiller(student, teacher, distill.Decoupled())(x)
     with pytest.raises(ValueError, match=r"SoftTargets.weight: expected a finite number, 0 or more, got -1"):
         distill.SoftTargets(weight=-1)
     with pytest.raises(ValueError, match="same classes, got 5 and 7"):
@@ -262,6 +528,92 @@ def test_bad_input() -> None:
         Distiller(student, [teacher, nn.Sequential(nn.Flatten(), nn.Linear(64, 7))], soft)(x, y)
     with pytest.raises(ValueError, match="indices: Contrastive needs"):
         Distiller(student, teacher, distill.Contrastive("5", "5", samples=9), example_inputs=x)(x, y)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda: distill.SoftTargets(temperature=0), ValueError, "temperature: expected a finite number above 0"),
+        (lambda: distill.Decoupled(temperature=-1), ValueError, "temperature: expected a finite number above 0"),
+        (lambda: distill.Dist(temperature=math.inf), ValueError, "temperature: expected a finite number above 0"),
+        (lambda: distill.Decoupled(target_weight=-1), ValueError, r"Decoupled.target_weight: .* got -1"),
+        (lambda: distill.Decoupled(other_weight=math.nan), ValueError, r"Decoupled.other_weight: .* got nan"),
+        (lambda: distill.Dist(inter_weight=-1), ValueError, r"Dist.inter_weight: .* got -1"),
+        (lambda: distill.Dist(intra_weight="1"), TypeError, r"Dist.intra_weight: .* got '1'"),  # type: ignore[arg-type]
+        (lambda: distill.Relation("3", "3", distance_weight=-1), ValueError, r"Relation.distance_weight: .* got -1"),
+        (lambda: distill.Relation("3", "3", angle_weight=-1), ValueError, r"Relation.angle_weight: .* got -1"),
+        (lambda: distill.Hint(3, "3"), TypeError, "Hint.student: expected the name of a layer, got 3"),  # type: ignore[arg-type]
+        (lambda: distill.Hint("3", None), TypeError, "Hint.teacher: expected the name of a layer, got None"),  # type: ignore[arg-type]
+        (lambda: distill.Hint("3", "3", member="1"), TypeError, "Hint.member: expected the number"),  # type: ignore[arg-type]
+        (lambda: distill.Hint("3", "3", weight=-2), ValueError, r"Hint.weight: .* got -2"),
+        (lambda: distill.Contrastive("3", "3"), ValueError, "samples: expected a whole number, 2 or more, got 0"),
+        (lambda: distill.Contrastive("3", "3", samples=2.5), TypeError, "samples: .* got 2.5"),  # type: ignore[arg-type]
+        (lambda: distill.Contrastive("3", "3", samples=9, negatives=0), ValueError, "negatives: .* 1 or more, got 0"),
+        (lambda: distill.Contrastive("3", "3", samples=9, features=0), ValueError, "features: .* 1 or more, got 0"),
+        (lambda: distill.Contrastive("3", "3", samples=9, momentum=1), ValueError, "momentum: .* got 1"),
+        (lambda: distill.Contrastive("3", "3", samples=9, temperature=0), ValueError, "temperature: .* got 0"),
+        (lambda: distill.ContrastiveMemory(4, 4, 9, temperature=0), ValueError, "temperature: .* got 0"),
+    ],
+)
+def test_bad_terms(make: Callable[[], object], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("indices", "error", "text"),
+    [
+        ([3, 7], TypeError, "indices: expected a tensor, got list"),
+        (torch.tensor([3.0, 7.0]), TypeError, "indices: expected integers, got torch.float32"),
+        (torch.tensor([True, False]), TypeError, "indices: expected integers, got torch.bool"),
+        (torch.tensor([3]), ValueError, r"indices: expected shape \[2\], got \[1\]"),
+        (torch.tensor([3, 10]), ValueError, "indices: expected numbers from 0 to 9, got 3 to 10"),
+        (torch.tensor([-1, 3]), ValueError, "indices: expected numbers from 0 to 9, got -1 to 3"),
+    ],
+)
+def test_bad_indices(indices: object, error: type[Exception], text: str) -> None:
+    memory = distill.ContrastiveMemory(4, 6, samples=10, features=3, negatives=5)
+    with pytest.raises(error, match=text):
+        memory(torch.randn(2, 4), torch.randn(2, 6), indices)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_indices_of_any_integers(dtype: torch.dtype) -> None:
+    memory = distill.ContrastiveMemory(4, 6, samples=10, features=3, negatives=5)
+    before = memory.teacher_memory.clone()
+    memory(torch.randn(2, 4), torch.randn(2, 6), torch.tensor([3, 7], dtype=dtype))
+    assert (memory.teacher_memory != before).any(1).nonzero().flatten().tolist() == [3, 7]
+
+
+def test_a_layer_that_gives_no_tensor() -> None:
+    student = nn.Sequential(nn.Flatten(2), nn.LSTM(64, 5, batch_first=True))
+    x = torch.randn(3, 1, 8, 8)
+    with pytest.raises(TypeError, match="terms: layer '1' of the student gives tuple, expected a tensor"):
+        Distiller(
+            student, convolutional(2), distill.Similarity("1", "5"), example_inputs=x, output_fn=lambda out: out[0]
+        )
+    assert not any(module._forward_hooks for module in student.modules())
+
+
+def test_outputs_that_are_no_logits() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = convolutional(2)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.model(x)}
+
+    _, teacher, x, y = pair()
+    student = Named()
+    with pytest.raises(TypeError, match="student: expected logits, or a list of them, got dict; see output_fn"):
+        Distiller(student, teacher, distill.SoftTargets())(x, y)
+    distiller = Distiller(
+        student, teacher, distill.SoftTargets(), hard_loss=None,
+        output_fn=lambda out: out["logits"] if isinstance(out, dict) else out,
+    )  # fmt: skip
+    expected = distill.soft_target_loss(student.model(x), teacher(x).detach(), 4.0)
+    torch.testing.assert_close(distiller(x, y)[0], expected)
 
 
 def test_a_layer_that_is_not_run_is_named() -> None:
@@ -279,7 +631,7 @@ def test_a_layer_that_is_not_run_is_named() -> None:
 
 
 WORKER = """
-import sys, torch, torch.distributed as dist
+import contextlib, copy, sys, torch, torch.distributed as dist
 from torch import nn
 from slimtorch import distill
 dist.init_process_group("gloo")
@@ -289,14 +641,24 @@ torch.manual_seed(0)
 def net(width): return nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 4))
 student, teacher = net(5), net(9)
 x, y = torch.randn(12, 6), torch.randint(4, (12,))
-terms = [distill.SoftTargets(temperature=3), distill.Hint("0", "0")]
+terms = [
+    distill.SoftTargets(temperature=3), distill.LogitRegression(weight=0.1), distill.Decoupled(weight=0.1),
+    distill.Hint("0", "0"),
+]
 distiller = distill.Distiller(student, teacher, terms, example_inputs=x[:2])
+# a student that is wrapped already has the same layers and the same loss
+wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(student))
+other = distill.Distiller(wrapped, teacher, terms, example_inputs=x[:2])
+other.heads.load_state_dict(distiller.heads.state_dict())
+assert torch.equal(other(x, y)[0], distiller(x, y)[0])
 model = nn.parallel.DistributedDataParallel(distiller) if world > 1 else distiller
 optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1, momentum=0.9)
 for step in range(10):
-    loss, _ = model(x[rank::world], y[rank::world])
     optimizer.zero_grad()
-    loss.backward()
+    for part in range(2):  # gradients are accumulated, and sent with the last part
+        mine = slice(rank + part * world, None, 2 * world)
+        with model.no_sync() if world > 1 and part == 0 else contextlib.nullcontext():
+            (model(x[mine], y[mine])[0] / 2).backward()
     optimizer.step()
 if rank == 0:
     torch.save(distiller.state_dict(), sys.argv[1])

@@ -7,11 +7,13 @@ thousands at no cost of forward passes. Both embeddings are linear layers, train
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimtorch.distill.losses import contrastive_loss
+from slimtorch.distill.losses import _product, _wide, check_temperature, contrastive_loss
 
 
 class ContrastiveMemory(nn.Module):
@@ -25,12 +27,19 @@ class ContrastiveMemory(nn.Module):
         temperature: τ > 0.
         momentum: of the memory: ``m <- normalise(momentum * m + (1 - momentum) * embedding)``.
 
+    The constants that scores are divided by (`contrastive_loss`) are estimated on the first batch in train mode and
+    kept, as in the authors' code.
+
     With DistributedDataParallel, ``broadcast_buffers=False`` leaves every process its own memory; otherwise that of the
     first process is used by all.
+
+    Raises:
+        TypeError, ValueError: a number that is out of range or of another kind.
     """
 
     student_memory: Tensor
     teacher_memory: Tensor
+    log_normalizers: Tensor
 
     def __init__(
         self,
@@ -44,45 +53,80 @@ class ContrastiveMemory(nn.Module):
         momentum: float = 0.5,
     ) -> None:
         super().__init__()
-        if samples < 2:
-            raise ValueError(f"samples: expected the size of the training set, 2 or more, got {samples!r}")
-        if negatives < 1 or features < 1:
-            raise ValueError(f"negatives, features: expected 1 or more of each, got {negatives!r}, {features!r}")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum: expected a number in [0, 1), got {momentum!r}")
+        check_contrast(samples, features, negatives, temperature, momentum)
         self.student_embedding = nn.Linear(student_features, features)
         self.teacher_embedding = nn.Linear(teacher_features, features)
         self.negatives, self.temperature, self.momentum = negatives, temperature, momentum
         for name in ("student_memory", "teacher_memory"):
             self.register_buffer(name, F.normalize(torch.randn(samples, features), dim=1))
+        self.register_buffer("log_normalizers", torch.full((2,), -math.inf))  # of both directions; not known yet
 
     def forward(self, student: Tensor, teacher: Tensor, indices: Tensor | None) -> Tensor:
-        """Loss of features ``[batch, …]`` of the samples ``indices`` ``[batch]``; the memory moves in train mode."""
+        """Loss of features ``[batch, …]`` of the samples ``indices`` ``[batch]``; the memory moves in train mode.
+
+        Raises:
+            TypeError: ``indices`` are no integers.
+            ValueError: ``indices`` are missing, not one for each sample, or out of range.
+        """
         samples = len(self.student_memory)
         if indices is None:
             raise ValueError("indices: Contrastive needs the number of each sample in the training set, got None")
-        if indices.shape != student.shape[:1] or indices.is_floating_point():
-            raise ValueError(
-                f"indices: expected integers of shape [{len(student)}], got {indices.dtype} {list(indices.shape)}"
-            )
+        if not isinstance(indices, Tensor):
+            raise TypeError(f"indices: expected a tensor, got {type(indices).__name__}")
+        if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+            raise TypeError(f"indices: expected integers, got {indices.dtype}")
+        if indices.shape != student.shape[:1]:
+            raise ValueError(f"indices: expected shape [{len(student)}], got {list(indices.shape)}")
         if len(indices) and not (int(indices.min()) >= 0 and int(indices.max()) < samples):
             raise ValueError(
                 f"indices: expected numbers from 0 to {samples - 1}, got {int(indices.min())} to {int(indices.max())}"
             )
+        indices = indices.long()  # uint8 would be a mask
         width = self.student_embedding.weight.dtype
-        ours = F.normalize(self.student_embedding(student.flatten(1).to(width)).float(), dim=1)
-        theirs = F.normalize(self.teacher_embedding(teacher.flatten(1).to(width)).float(), dim=1)
+        (ours,) = _wide(self.student_embedding(student.flatten(1).to(width)))
+        (theirs,) = _wide(self.teacher_embedding(teacher.flatten(1).to(width)))
+        ours, theirs = F.normalize(ours, dim=1), F.normalize(theirs, dim=1)
         # a shift by 1 to M - 1 never meets the sample itself
         shift = torch.randint(1, samples, (len(indices), self.negatives), device=indices.device)
         others = (indices[:, None] + shift) % samples
-        loss = contrastive_loss(ours, theirs, self.teacher_memory[others], samples, self.temperature)
-        loss = loss + contrastive_loss(theirs, ours, self.student_memory[others], samples, self.temperature)
+        loss = self._contrast(0, ours, theirs, self.teacher_memory[others])
+        loss = loss + self._contrast(1, theirs, ours, self.student_memory[others])
         if self.training:
             self._remember(self.student_memory, indices, ours)
             self._remember(self.teacher_memory, indices, theirs)
         return loss
 
+    def _contrast(self, direction: int, anchors: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
+        samples, known = len(self.student_memory), self.log_normalizers[direction].float()
+        if not torch.isfinite(known):
+            known = self._estimate(anchors, negatives)
+            if self.training:
+                self.log_normalizers[direction] = known
+        return contrastive_loss(anchors, positives, negatives, samples, self.temperature, log_normalizer=known)
+
+    @torch.no_grad()
+    def _estimate(self, anchors: Tensor, negatives: Tensor) -> Tensor:
+        """log Z, Z = M · mean e^(a·b/τ). An empty batch leaves it at -∞, and its loss is 0."""
+        anchors, negatives = _wide(anchors, negatives)
+        scores = _product(negatives, anchors.unsqueeze(2)).flatten() / self.temperature
+        return scores.logsumexp(0) - math.log(max(len(scores), 1)) + math.log(len(self.student_memory))
+
     @torch.no_grad()
     def _remember(self, memory: Tensor, indices: Tensor, embedding: Tensor) -> None:
         moved = self.momentum * memory[indices] + (1 - self.momentum) * embedding.to(memory.dtype)
         memory[indices] = F.normalize(moved, dim=1)
+
+
+def check_contrast(samples: int, features: int, negatives: int, temperature: float, momentum: float) -> None:
+    """TypeError or ValueError for settings that are no settings of a memory."""
+    for name, value, least in (("samples", samples, 2), ("features", features, 1), ("negatives", negatives, 1)):
+        what = f"{name}: expected a whole number, {least} or more"
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{what}, got {value!r}")
+        if value < least:
+            raise ValueError(f"{what}, got {value!r}")
+    check_temperature(temperature)
+    if isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
+        raise TypeError(f"momentum: expected a number in [0, 1), got {momentum!r}")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum: expected a number in [0, 1), got {momentum!r}")

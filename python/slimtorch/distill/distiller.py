@@ -4,25 +4,33 @@
 A `Distiller` is a module whose parameters are those of the student and of the projections between them. Its forward
 gives the loss and the student's output; all else (optimizer, autocast, accumulation, DistributedDataParallel) stays
 with the loop. Layers are tapped by hooks that live for one forward pass.
+
+With DistributedDataParallel wrap the Distiller, not the student, so that projections are synchronised too. Terms that
+relate the samples of a batch to each other (Dist, Similarity, Relation) see the part of it that a process has. With
+torch.compile, too, wrap the Distiller: compiled code runs no hooks, so a model that is compiled by itself runs
+uncompiled while it is tapped.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from slimtorch.distill.terms import FeatureTerm, OutputTerm, check_weight
+from slimtorch.distill.losses import _wide, check_weight
+from slimtorch.distill.terms import FeatureTerm, OutputTerm
 from slimtorch.measure import eval_mode, split_inputs
 
 Term = OutputTerm | FeatureTerm
 HardLoss = Callable[[Tensor, Tensor], Tensor]
 Output = Tensor | list[Tensor]
+_COMPILED = "_orig_mod"  # what torch.compile wraps; to import its class takes a second
 
 
 class Distiller(nn.Module):
@@ -38,18 +46,22 @@ class Distiller(nn.Module):
         student: gives logits ``[batch, classes]``, or a list of them, one for each exit: then terms of outputs and the
             hard loss are means over the exits. Any layers: packed, clustered and binary ones train as they do alone.
         teacher: a model or several; never trained, run in eval mode without gradients, not among the parameters. The
-            logits of several are averaged, which is the geometric mean of their distributions (1503.02531, section 1).
-            None: every batch brings ``teacher_logits``, from a `TeacherCache` for example.
-        terms: what the student learns from the teacher, at least one.
-        hard_loss: of (logits, labels). None: labels are not learned.
+            logits of several are averaged, which is the geometric mean of their distributions (1503.02531, section 1);
+            of a teacher with exits the last counts. None: every batch brings ``teacher_logits``, from a `TeacherCache`
+            for example.
+        terms: what the student learns from the teacher, at least one. A layer that is tapped gives one tensor, batch
+            first; of one that runs several times in a pass, the last output counts. A layer has the name that it has in
+            the model, whether that is wrapped (DistributedDataParallel, torch.compile) or not.
+        hard_loss: of (logits, labels), its mean where it is no scalar. None: labels are not learned.
         hard_weight: of it, >= 0.
         example_inputs: a batch as both models take it (a tensor, a tuple or a dict), for terms of features: the shapes
             of what they tap, from which projections are made.
         output_fn: from what a model returns to its logits; None: it returns logits.
 
     Raises:
-        ValueError: no terms; a layer that the model does not have or does not run (closest names are suggested);
-            student and teacher that disagree in classes.
+        TypeError: an argument, an output or a tapped output of another kind.
+        ValueError: no terms; a layer that the model does not have (the closest names are suggested) or does not run;
+            features that a term cannot compare; a weight below 0; no teacher or example inputs where terms need them.
     """
 
     def __init__(
@@ -64,10 +76,15 @@ class Distiller(nn.Module):
         output_fn: Callable[[Any], Output] | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(student, nn.Module):
+            raise TypeError(f"student: expected a module, got {type(student).__name__}")
+        for name, function in (("hard_loss", hard_loss), ("output_fn", output_fn)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name}: expected a function or None, got {function!r}")
         self.student = student
         # a plain tuple: teachers are not trained, saved or synchronised with the student
         self.teachers = _teachers(teacher, student)
-        self.terms = (terms,) if isinstance(terms, (OutputTerm, FeatureTerm)) else tuple(terms)
+        self.terms = tuple(terms) if isinstance(terms, Sequence) and not isinstance(terms, str) else (terms,)
         if not self.terms:
             raise ValueError("terms: expected at least one, got none")
         for term in self.terms:
@@ -96,7 +113,12 @@ class Distiller(nn.Module):
             indices: ``[batch]``, numbers of the samples in the training set, for `Contrastive`.
 
         Returns:
-            Scalar loss, and the student's logits, a list of them where it has several exits.
+            Scalar loss, float32 or wider, and the student's logits, a list of them where it has several exits.
+
+        Raises:
+            TypeError: outputs that are no logits (see ``output_fn``), logits or indices of another kind.
+            ValueError: student and teacher, or several teachers, that disagree in classes or batch; logits, labels or
+                indices missing where a term needs them.
         """
         loss, output, _ = self.parts(inputs, labels, teacher_logits=teacher_logits, indices=indices)
         return loss, output
@@ -113,6 +135,8 @@ class Distiller(nn.Module):
         wanted = self._taps_of_teachers()
         if teacher_logits is None and not self.teachers:
             raise ValueError("teacher_logits: expected them with each batch where teacher is None, got None")
+        if teacher_logits is not None and not isinstance(teacher_logits, Tensor):
+            raise TypeError(f"teacher_logits: expected a tensor or None, got {type(teacher_logits).__name__}")
         with _tapped(self.student, self._taps(), "student") as features:
             output = self._logits(self.student, inputs, "student")
         seen: list[dict[str, Tensor]] = []
@@ -125,20 +149,24 @@ class Distiller(nn.Module):
                 with eval_mode(teacher), _tapped(teacher, wanted[number], "teacher") as found:
                     logits.append(_last(self._logits(teacher, inputs, "teacher")))
                 seen.append(found)
-        target = teacher_logits if teacher_logits is not None else torch.stack(_alike(logits)).mean(0)
         exits = output if isinstance(output, list) else [output]
         parts: dict[str, Tensor] = {}
         if self.hard_loss is not None and labels is not None and self.hard_weight:
-            parts["hard"] = self.hard_weight * _mean([self.hard_loss(one, labels) for one in exits])
+            parts["hard"] = self.hard_weight * _mean([self.hard_loss(one, labels).mean() for one in exits])
         heads = iter(self.heads)
+        # terms of features alone ask nothing of the logits, not even that several teachers agree in classes
+        target = None
+        if any(isinstance(term, OutputTerm) for term in self.terms):
+            target = _average(logits) if teacher_logits is None else teacher_logits.detach()
         for number, term in enumerate(self.terms):
             name = f"{number} {type(term).__name__}"
             if isinstance(term, OutputTerm):
+                assert target is not None
                 value = _mean([term.loss(one, target, labels) for one in exits])
             else:
                 value = next(heads)(features[term.student], seen[term.member][term.teacher], indices)
             parts[name] = term.weight * value
-        loss = torch.stack([value.float() if value.dim() == 0 else value.mean() for value in parts.values()]).sum()
+        loss = torch.stack(_wide(*parts.values())).sum()
         return loss, output, {name: value.detach() for name, value in parts.items()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
@@ -193,9 +221,7 @@ class Distiller(nn.Module):
             output = list(output)
         values = output if isinstance(output, list) else [output]
         if not values or not all(isinstance(value, Tensor) for value in values):
-            raise TypeError(
-                f"{which}: expected logits, or a list of them, got {type(output).__name__}; see output_fn"
-            )
+            raise TypeError(f"{which}: expected logits, or a list of them, got {type(output).__name__}; see output_fn")
         assert isinstance(output, (Tensor, list))
         return output
 
@@ -213,12 +239,22 @@ def _teachers(teacher: nn.Module | Sequence[nn.Module] | None, student: nn.Modul
 
 
 def _module(model: nn.Module, name: str, which: str) -> nn.Module:
-    modules = dict(model.named_modules())
+    """The layer of this name, in the model or in what it wraps; one that is shared has several."""
+    modules: dict[str, nn.Module] = {}
+    wrapped: nn.Module | None = model
+    while wrapped is not None:
+        modules |= dict(wrapped.named_modules(remove_duplicate=False))
+        wrapped = wrapped.module if isinstance(wrapped, DistributedDataParallel) else getattr(wrapped, _COMPILED, None)
     if name in modules:
         return modules[name]
-    close = difflib.get_close_matches(name, modules, n=3)
-    hint = f"; closest: {', '.join(map(repr, close))}" if close else ""
+    names = [known for known in modules if known]
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
+    hint = f"; closest: {', '.join(map(repr, close))}" if close else ", nor any but itself, ''"
     raise ValueError(f"terms: the {which} has no layer {name!r}{hint}")
+
+
+def _compiled(model: nn.Module) -> bool:
+    return any(hasattr(module, _COMPILED) or module._compiled_call_impl for module in model.modules())
 
 
 @contextmanager
@@ -231,27 +267,28 @@ def _tapped(model: nn.Module, names: Sequence[str], which: str) -> Iterator[dict
             if not isinstance(output, Tensor):
                 kind = type(output).__name__
                 raise TypeError(f"terms: layer {name!r} of the {which} gives {kind}, expected a tensor")
-            found[name] = output
+            found[name] = output.clone()  # what follows may change it in place, as ReLU(inplace=True) does
 
         return hook
 
-    handles = [_module(model, name, which).register_forward_hook(keep(name)) for name in names]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+    # hooks that come after compilation are not run; what compiles the Distiller sees them
+    eager = bool(names) and not torch.compiler.is_compiling() and _compiled(model)
+    with ExitStack() as stack:
+        for name in names:
+            stack.callback(_module(model, name, which).register_forward_hook(keep(name)).remove)
+        with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+            yield found
     missed = [name for name in names if name not in found]
     if missed:
         raise ValueError(f"terms: layer {missed[0]!r} of the {which} is not on the path that the model takes")
 
 
-def _alike(logits: Sequence[Tensor]) -> list[Tensor]:
-    """Logits of all teachers, checked to be of the same classes."""
+def _average(logits: Sequence[Tensor]) -> Tensor:
+    """Of all teachers, which must agree in classes."""
     shapes = {tuple(value.shape) for value in logits}
     if len(shapes) > 1:
         raise ValueError(f"teacher: expected logits of one shape from all, got {sorted(map(list, shapes))}")
-    return list(logits)
+    return torch.stack(_wide(*logits)).mean(0)
 
 
 def _last(output: Output) -> Tensor:

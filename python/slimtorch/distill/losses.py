@@ -222,7 +222,13 @@ def relation_loss(
 
 
 def contrastive_loss(
-    anchors: Tensor, positives: Tensor, negatives: Tensor, samples: int, temperature: float = 0.07
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    samples: int,
+    temperature: float = 0.07,
+    *,
+    log_normalizer: Tensor | float = 0.0,
 ) -> Tensor:
     """Contrastive representation distillation (Tian et al., arXiv 1910.10699, equations 10, 18, 19).
 
@@ -235,9 +241,13 @@ def contrastive_loss(
         negatives: ``[batch, count, features]``, unit vectors of the other, of other samples.
         samples: M, number of samples that the negatives are drawn from.
         temperature: τ > 0 of the critic.
+        log_normalizer: log Z, scalar. 0: the critic of the paper. The authors' code divides scores by an estimate of
+            Z = M · mean e^(a·b/τ); without it, unit vectors must all turn away from each other before they tell
+            samples apart.
 
     Returns:
-        Scalar: -log h(positive) - Σ log(1 - h(negative)), mean over the batch, h = e^(a·b/τ) / (e^(a·b/τ) + count/M).
+        Scalar: -log h(positive) - Σ log(1 - h(negative)), mean over the batch; h = s / (s + count/M),
+        s = e^(a·b/τ) / Z.
     """
     scale = check_temperature(temperature)
     for name, value in (("anchors", anchors), ("positives", positives), ("negatives", negatives)):
@@ -257,8 +267,8 @@ def contrastive_loss(
     if samples < 1:
         raise ValueError(f"samples: expected a whole number above 0, got {samples!r}")
     anchors, positives, negatives = _wide(anchors, positives, negatives)
-    # h is a sigmoid of a·b/τ - log(count/M), and log(1 - sigmoid(z)) = logsigmoid(-z)
-    shift = math.log(negatives.shape[1] / samples)
+    # h is a sigmoid of a·b/τ - log(Z count/M), and log(1 - sigmoid(z)) = logsigmoid(-z)
+    shift = math.log(negatives.shape[1] / samples) + log_normalizer
     right = F.logsigmoid((anchors * positives).sum(1) / scale - shift)
     wrong = F.logsigmoid(shift - _product(negatives, anchors.unsqueeze(2)).squeeze(2) / scale)
     return -_mean(right + wrong.sum(1))

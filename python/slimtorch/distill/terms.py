@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimtorch.distill import losses
-from slimtorch.distill.contrast import ContrastiveMemory
+from slimtorch.distill.contrast import ContrastiveMemory, check_contrast
 from slimtorch.distill.losses import check_temperature
 from slimtorch.distill.losses import check_weight as check_weight
 
@@ -199,7 +199,7 @@ class Contrastive(FeatureTerm):
     """Telling samples apart: :class:`~slimtorch.distill.ContrastiveMemory`. Needs ``indices`` with each batch.
 
     Attributes:
-        samples: number of samples in the training set; indices are below it.
+        samples: number of samples in the training set, 2 or more; indices are below it.
         features: of the embeddings.
         negatives: other samples that each is told from.
         temperature: τ > 0.
@@ -211,6 +211,10 @@ class Contrastive(FeatureTerm):
     negatives: int = 1024
     temperature: float = 0.07
     momentum: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_contrast(self.samples, self.features, self.negatives, self.temperature, self.momentum)
 
     def build(self, student: Tensor, teacher: Tensor) -> nn.Module:
         return ContrastiveMemory(
