@@ -122,6 +122,21 @@ def test_a_score_next_to_the_threshold_is_decided_by_the_sample_alone() -> None:
     assert [bool(model.run(images(size)).ran.any()) for size in (1, 2, 3, 4)] == [False, True, False, True]
 
 
+def test_a_sample_alone_is_laid_out_like_any_other(model: DynamicDepth) -> None:
+    """Kernels round by the place in memory too, so that a view into a batch is no argument for another path."""
+    seen: list[bool] = []
+    model.model[0].register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].is_contiguous() and args[0].data_ptr() % 64 == 0)
+    )
+    x = images(1)
+    expected = model(x)
+    for offset in (1, 4, 8):
+        moved = torch.empty(x.numel() + offset)[offset:].view(x.shape).copy_(x)
+        assert torch.equal(model(moved), expected)
+    assert torch.equal(model(x.to(memory_format=torch.channels_last)), expected)
+    assert all(seen)
+
+
 def test_macs_are_those_of_the_blocks_that_ran(model: DynamicDepth) -> None:
     x = images(23)
     run = model.run(x)

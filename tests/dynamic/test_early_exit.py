@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import math
 import time
@@ -227,8 +228,9 @@ def test_gradients_in_eval_mode() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
-def test_small_batches(count: int) -> None:
-    model = build()
+@pytest.mark.parametrize("margin", [None, 0.0, math.inf])
+def test_small_batches(count: int, margin: float | None) -> None:
+    model = build(margin=margin)
     x = X[:count]
     assert model(x).shape == (count, 5)
     run = model.run(x)
@@ -489,42 +491,102 @@ def test_goals_that_cannot_be_met() -> None:
 # --- deadlines --------------------------------------------------------------------------------------------------------
 
 
+class Clock:
+    """Time that only passes where a test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now * 1e-9)
+        monkeypatch.setattr(time, "perf_counter_ns", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
 class Slow(nn.Module):
+    """Takes a second, and a tenth for each sample; counts its calls."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock, self.seen = clock, list[int]()
+
     def forward(self, x: Tensor) -> Tensor:
-        time.sleep(0.03)
+        self.clock.now += 1_000_000_000 + 100_000_000 * len(x)
+        self.seen.append(len(x))
         return x
 
 
-def test_deadline() -> None:
-    backbone = [("a", Slow()), ("b", Slow()), ("c", Slow())]
-    model = EarlyExit(backbone, {"a": nn.Identity(), "b": nn.Identity()}, Entropy(0.0)).eval()
+def slow(clock: Clock, criterion: Criterion, **options: Any) -> EarlyExit:
+    backbone = [("a", Slow(clock)), ("b", Slow(clock)), ("c", Slow(clock))]
+    return EarlyExit(backbone, {"a": nn.Identity(), "b": nn.Identity()}, criterion, **options).eval()
+
+
+@pytest.mark.parametrize("margin", [None, 0.0, math.inf])
+def test_deadline(clock: Clock, margin: float | None) -> None:
+    """A segment takes 1.4 seconds for four samples, 1.1 for one."""
+    model = slow(clock, Entropy(0.0), margin=margin)
     x = torch.randn(4, 3)
-    assert model.predict(x, 1e-6).exits.tolist() == [0] * 4  # an answer there always is
-    assert model.predict(x, 0.045).exits.tolist() == [1] * 4  # nobody knows how long: begun while time is left
-    assert model.predict(x, 10).exits.tolist() == [2] * 4
-    seconds = model.measure_(x, samples=3)
-    assert all(0.03 <= value < 0.06 for value in seconds)
-    run = model.predict(x, 0.045)
-    assert run.exits.tolist() == [0] * 4  # the second would be late
-    assert run.seconds < 0.045
-    assert model.predict(x, sum(seconds) * 1.5).exits.tolist() == [2] * 4
-    for deadline in (0, -1.0, math.nan, "1", True):
+    for deadline, exit in ((1e-6, 0), (1.3, 0), (1.5, 1), (2.9, 2), (1e9, 2), (math.inf, 2)):
+        run = model.predict(x, deadline)  # nobody knows how long: begun while time is left
+        assert run.exits.tolist() == [exit] * 4, deadline
+        assert run.seconds == pytest.approx(1.4 * (exit + 1))
+        assert run.macs.tolist() == [0] * 4
+        assert torch.equal(run.logits, x)
+        assert run.alone == 0
+    assert model.predict(x[:0], 1.0).logits.shape == (0, 3)
+    assert model.measure_(x, samples=3) == pytest.approx([1.4] * 3)  # from now on none begins that would be late
+    for deadline, exit in ((1e-6, 0), (2.7, 0), (2.9, 1), (4.1, 1), (4.3, 2), (1e9, 2)):
+        run = model.predict(x, deadline)
+        assert run.exits.tolist() == [exit] * 4, deadline
+        assert run.seconds <= max(1.4, deadline)
+    for deadline, exit in ((2.1, 0), (2.3, 1), (3.2, 1), (3.4, 2)):
+        assert model.predict(x[:1], deadline).exits.tolist() == [exit], deadline
+    for deadline, exit in ((3.5, 0), (3.7, 1)):  # 1.8 for eight samples, more than were measured
+        assert model.predict(x.repeat(2, 1), deadline).exits.tolist() == [exit] * 8, deadline
+    for deadline in (0, -1.0, math.nan, "1", True, None):
         with pytest.raises((TypeError, ValueError), match="deadline: expected seconds"):
-            model.predict(x, deadline)
+            model.predict(x, deadline)  # type: ignore[arg-type]
+
+
+def test_a_measurement_with_one_sample(clock: Clock) -> None:
+    """No more is known then than what one takes: as much for each."""
+    model = slow(clock, Entropy(0.0))
+    x = torch.randn(3, 3)
+    assert model.measure_(x[:1], samples=2) == pytest.approx([1.1] * 3)
+    for deadline, exit in ((4.5, 0), (4.7, 1)):  # 1.3 spent, 3.3 expected
+        assert model.predict(x, deadline).exits.tolist() == [exit] * 3, deadline
+    with pytest.raises(ValueError, match="x: expected at least one sample, got none"):
+        model.measure_(x[:0])
+
+
+def test_only_who_stays_needs_time(clock: Clock) -> None:
+    """Three samples leave at the first exit; there is time for the fourth, as there would not be for all."""
+    model = slow(clock, MaxProbability(0.9))
+    x = torch.tensor([[9.0, 0.0], [0.0, 0.0], [9.0, 0.0], [9.0, 0.0]])
+    model.measure_(x, samples=1)
+    stage: Any = model.stages[1]
+    stage.b.seen.clear()
+    assert model.predict(x, 1.4 + 1.15).exits.tolist() == [0, 1, 0, 0]
+    assert stage.b.seen[0] == 1  # what counts multiplications comes after
+    assert model.predict(x, 1.4 + 1.05).exits.tolist() == [0] * 4
+    assert model.predict(x[:1], 1e-6).exits.tolist() == [0]
 
 
 def test_sure_samples_leave_before_the_deadline() -> None:
     model = build()
-    assert model.predict(X, 10.0).exits.tolist() == model.run(X).exits.tolist()
+    assert model.predict(X, 1e9).exits.tolist() == model.run(X).exits.tolist()
+    with torch.no_grad():
+        torch.testing.assert_close(model.predict(X, 1e9).logits, model(X))
 
 
-def test_latency_of_each_sample() -> None:
-    backbone = [("a", nn.Identity()), ("b", Slow())]
-    model = EarlyExit(backbone, {"a": nn.Identity()}, MaxProbability(0.9)).eval()
+def test_latency_of_each_sample(clock: Clock) -> None:
     x = torch.tensor([[5.0, 0.0], [0.1, 0.0], [0.0, 6.0]])
-    seconds = model.latencies(x, samples=2)
-    assert seconds.shape == (3,)
-    assert float(seconds[1]) > 0.03 > 3 * float(seconds[[0, 2]].max())
+    model = slow(clock, MaxProbability(0.9))
+    assert model.latencies(x, samples=2).tolist() == pytest.approx([1.1, 3.3, 1.1])
+    assert model.run(x).seconds == pytest.approx(1.3 + 2 * 1.1)
+    assert model.latencies(x[:0]).shape == (0,)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -559,3 +621,314 @@ def test_bad_input() -> None:
     ]:
         with pytest.raises(error, match=message):
             make()
+
+
+# --- backbones as they come -------------------------------------------------------------------------------------------
+
+
+def test_a_module_that_stands_there_twice_runs_twice() -> None:
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    twice = Twice()
+    x = torch.randn(4, 3)
+    backbone = nn.Sequential(twice, nn.Sequential(nn.Identity(), twice), twice)
+    model = EarlyExit(backbone, {"0": nn.Identity(), "1.1": nn.Identity()})
+    for logits, factor in zip(model(x), (2, 4, 8), strict=True):
+        assert torch.equal(logits, factor * x)
+    inside: Any = OrderedDict(inner=None)
+    with pytest.raises(ValueError, match=r"backbone: expected a module at '1\.inner', got None"):
+        EarlyExit(nn.Sequential(nn.ReLU(), nn.Sequential(inside)), {"0": nn.Identity()})
+
+
+def test_names_that_look_alike_stay_apart() -> None:
+    class Add(nn.Module):
+        def __init__(self, value: float) -> None:
+            super().__init__()
+            self.value = value
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.value
+
+    inner = nn.Sequential(OrderedDict(b=Add(1), b_=Add(2)))
+    backbone = nn.Sequential(OrderedDict(a=inner, a_b=Add(4), a_b_=Add(8), end=Add(16)))
+    x = torch.zeros(2, 3)
+    model = EarlyExit(backbone, {"a_b_": nn.Identity()})
+    assert [float(logits[0, 0]) for logits in model(x)] == [15, 31]
+    assert list(model.state_dict()) == ["criterion.cuts"]
+    with pytest.raises(ValueError, match="names of their own, got '1' twice"):
+        EarlyExit([(1, Add(1)), ("1", Add(2))], {"1": nn.Identity()})  # type: ignore[list-item]
+
+
+def test_a_backbone_that_computes_something_else_is_refused() -> None:
+    class Skips(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            made: Tensor = self[0](x)
+            return made
+
+    with pytest.raises(ValueError, match="that run one after the other, got a Skips with a forward of"):
+        EarlyExit(Skips(nn.Linear(2, 2), nn.Linear(2, 2)), {"0": nn.Identity()})
+    hooked = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    handle = hooked.register_forward_hook(lambda module, args, output: output + 1)
+    with pytest.raises(ValueError, match="got a Sequential with hooks of its own"):
+        EarlyExit(hooked, {"0": nn.Identity()})
+    handle.remove()
+    inner = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    inner.register_forward_hook(lambda module, args, output: output + 1)
+    x = torch.randn(3, 2)
+    model = EarlyExit(nn.Sequential(inner, nn.ReLU()), {"0": nn.Identity()})  # goes on as one module, with its hook
+    torch.testing.assert_close(model(x)[0], inner[1](inner[0](x)) + 1)
+
+
+class Fixed(nn.Module):
+    """Whatever a head may give."""
+
+    def __init__(self, make: Any) -> None:
+        super().__init__()
+        self.make = make
+
+    def forward(self, x: Tensor) -> Any:
+        return self.make(x)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda x: x[:, :, None], ValueError, r"exit 0: expected logits \[{count}, classes\], got \[{count}, 2, 1\]"),
+        (lambda x: x[:, 0], ValueError, r"exit 0: expected logits \[{count}, classes\], got \[{count}\]"),
+        (lambda x: x.repeat(2, 1), ValueError, r"exit 0: expected logits \[{count}, classes\], got \[{twice}, 2\]"),
+        (lambda x: x[:, :0], ValueError, r"exit 0: expected logits \[{count}, classes\], got \[{count}, 0\]"),
+        (lambda x: (x, x), TypeError, "exit 0: expected a tensor of logits, got tuple"),
+    ],
+)
+def test_heads_that_give_no_logits(count: int, make: Any, error: type[Exception], message: str) -> None:
+    model = EarlyExit([("a", nn.Identity()), ("b", nn.Identity())], {"a": Fixed(make)}, MaxProbability(0.9)).eval()
+    with pytest.raises(error, match=message.format(count=count, twice=2 * count)):
+        model(torch.randn(count, 2))
+
+
+def test_the_last_exit_gives_logits_too() -> None:
+    for count in (1, 3):
+        parts = [("a", nn.Identity()), ("b", Fixed(lambda x: x[:, 0]))]
+        model = EarlyExit(parts, {"a": nn.Identity()}, Entropy(0)).eval()
+        with pytest.raises(ValueError, match=rf"exit 1: expected logits \[{count}, classes\], got \[{count}\]"):
+            model(torch.randn(count, 2))
+    parts = [("a", nn.Identity()), ("b", Fixed(lambda x: x[:, :1]))]
+    model = EarlyExit(parts, {"a": nn.Identity()}, Entropy(0)).eval()
+    for count in (1, 3):
+        with pytest.raises(ValueError, match="exit 1: expected 2 classes like the exits before, got 1"):
+            model(torch.randn(count, 2))
+
+
+def test_states_that_cannot_shrink() -> None:
+    def model(make: Any) -> EarlyExit:
+        head = Fixed(lambda state: torch.tensor([[9.0, 0.0], [0.0, 0.0], [0.0, 0.0]]))
+        return EarlyExit([("a", Fixed(make)), ("b", Fixed(lambda state: state[0]))], {"a": head}, Entropy(0.1)).eval()
+
+    x = torch.randn(3, 2)
+    for make, error, message in [
+        (lambda x: {"x": x}, TypeError, "state: expected tensors, or tuples or lists of them, got dict"),
+        (lambda x: (x, 3), TypeError, "state: expected tensors, or tuples or lists of them, got int"),
+        (lambda x: (x, x[:2]), ValueError, r"state: expected 3 rows in every tensor, got \[2, 2\]"),
+        (lambda x: (x, x.sum()), ValueError, r"state: expected 3 rows in every tensor, got \[\]"),
+    ]:
+        with pytest.raises(error, match=message):
+            model(make)(x)
+    Pair = collections.namedtuple("Pair", "one two")
+    assert torch.equal(model(lambda x: Pair(x, 2 * x))(x)[1:], x[1:])
+
+
+# --- one sample like many ---------------------------------------------------------------------------------------------
+
+
+def test_patience_takes_no_comfort_from_nan() -> None:
+    """Of logits with NaN, alone and in a batch, nothing agrees with anything."""
+    nan = math.nan
+    rows = torch.tensor([[[1, nan, 2], [1, nan, 2], [nan, 1, 0]], [[nan] * 3] * 3, [[0, 1, nan]] * 3, [[0, 1, 0]] * 3])
+
+    class At(nn.Module):
+        def __init__(self, index: int) -> None:
+            super().__init__()
+            self.index = index
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, self.index]
+
+    backbone = [("a", nn.Identity()), ("b", nn.Identity()), ("c", At(2))]
+    model = EarlyExit(backbone, {"a": At(0), "b": At(1)}, Patience(1)).eval()
+    assert model.run(rows).exits.tolist() == [2, 2, 2, 1]
+    assert [int(model.run(row[None]).exits) for row in rows] == [2, 2, 2, 1]
+
+
+def test_the_layout_of_a_batch_does_not_decide() -> None:
+    """A sample comes to its layers laid out alike, whichever way its batch is, and wherever it lies."""
+    seen: list[bool] = []
+    model = build(margin=math.inf)
+    model.stages[0].register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].is_contiguous() and args[0].data_ptr() % 64 == 0)
+    )
+    first_row = model(X[:1])
+    for offset in (1, 4, 8):  # [1, 1, 10, 10] is 400 bytes, so that rows of a batch lie anywhere
+        moved = torch.empty(X[:1].numel() + offset)[offset:].view(1, 1, 10, 10).copy_(X[:1])
+        assert torch.equal(model(moved), first_row)
+        assert torch.equal(model(moved.expand(2, 1, 10, 10))[1:], first_row)
+    x = X[:4].expand(4, 3, 10, 10)
+    with torch.no_grad():
+        first: Any = model.stages[0]
+        first.conv.weight = nn.Parameter(first.conv.weight.repeat(1, 3, 1, 1))
+    wide = x.contiguous(memory_format=torch.channels_last)
+    rows = torch.cat([model(row) for row in wide.split(1)])
+    outputs = [model(x.contiguous()), model(wide), rows, model(wide.flip(0)).flip(0)]
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+    assert all(seen)
+
+
+def test_half_precision_before_a_head_of_full_precision() -> None:
+    """The margin is that of the coarsest numbers on the way, not of the logits alone."""
+
+    class Coarse(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * (1 + 0.004 * (len(x) > 1))).bfloat16()  # a last bit
+
+    class Fine(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.float() * torch.tensor([1.0, 0.0])
+
+    x = torch.ones(2, 2)
+    between = 1 / (1 + math.exp(-1.002))
+    for backbone, exits in [
+        ([("a", Coarse()), ("b", Fine())], {"a": Fine()}),
+        ([("a", Coarse()), ("b", Fine()), ("c", nn.Identity())], {"a": Fixed(lambda x: 0.0 * x.float()), "b": Fine()}),
+    ]:
+        model = EarlyExit(backbone, exits, MaxProbability(between)).eval()
+        assert model.run(x).exits.tolist() == [len(exits)] * 2 == [int(model.run(row[None]).exits) for row in x]
+
+
+def test_one_class_and_two() -> None:
+    for classes in (1, 2):
+        for criterion in (Entropy(), MaxProbability(), Learned(), Patience()):
+            x = torch.tensor([[4.0, -4.0], [0.1, 0.0], [-5.0, 5.0]])[:, :classes]
+            model = EarlyExit([("a", nn.Identity()), ("b", nn.Identity())], {"a": nn.Identity()}, criterion).eval()
+            expected = [1] * 3 if isinstance(criterion, Patience) else [0] * 3 if classes == 1 else [0, 1, 0]
+            assert model.run(x).exits.tolist() == expected
+            assert [int(model.run(row[None]).exits) for row in x] == expected
+            assert torch.equal(model(x), x)
+
+
+def test_extreme_thresholds() -> None:
+    for never, always in [
+        (Entropy(0.0), Entropy(math.inf)),
+        (MaxProbability(1.0), MaxProbability(0.0)),
+        (Learned(1.0), Learned(0.0)),
+        (Patience(10**9), None),
+    ]:
+        for criterion, exit in ((never, 2), (always, 0)):
+            if criterion is not None:
+                model = build(criterion)
+                assert model.run(X).exits.tolist() == [exit] * 40
+                assert model.run(X[:1]).exits.tolist() == [exit]
+                with torch.no_grad():
+                    torch.testing.assert_close(model(X), model.all_exits(X)[exit])
+
+
+def test_the_mode_decides_and_stays() -> None:
+    model = build().train()
+    model.heads[0].eval()
+    flags = [module.training for module in model.modules()]
+    model.run(X[:3]), model.predict(X[:3], 1.0), model.latencies(X[:1], 1), model.measure_(X[:2], 1)
+    model.calibrate_([(X, torch.zeros(40, dtype=torch.long))], macs=1e9)
+    assert [module.training for module in model.modules()] == flags
+    assert isinstance(model(X), list)
+    assert model.eval()(X).shape == (40, 5)
+
+
+def test_hooks_of_leaving_samples() -> None:
+    """Hooks on the backbone's modules run, with the samples that are there."""
+    model = build()
+    seen: list[int] = []
+    last: Any = model.stages[2]
+    last.last.register_forward_hook(lambda module, args, output: (seen.append(len(output)), output + 1)[1])
+    plain = build()
+    with torch.no_grad():
+        exits = torch.as_tensor(plain.run(X).exits)
+        assert 0 < int((exits == 2).sum()) < 40
+        torch.testing.assert_close(model(X), plain(X) + (exits == 2)[:, None])
+    assert seen == [int((exits == 2).sum())]
+
+
+# --- criteria come and go ---------------------------------------------------------------------------------------------
+
+
+def test_another_criterion_fits_itself() -> None:
+    model = build()
+    model.criterion = MaxProbability(0.7)
+    assert model.criterion.thresholds == pytest.approx([0.7, 0.7])
+    model(X)
+    with pytest.raises(TypeError, match=r"criterion: expected one of slimtorch.dynamic's, got float"):
+        model.criterion = 0.5  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="threshold: expected one, or one for each of 2 exits, got 3"):
+        model.criterion = Entropy([0.1, 0.2, 0.3])
+    assert model.criterion.thresholds == pytest.approx([0.7, 0.7])
+
+
+@pytest.mark.parametrize("kind", [Entropy, MaxProbability, Learned, Patience])
+def test_a_calibrated_criterion_keeps_its_thresholds(kind: type[Criterion]) -> None:
+    model, x, labels = staged(kind())  # type: ignore[call-arg]
+    model.calibrate_([(x, labels)], macs=2.3)
+    before = copy.deepcopy(model.criterion)
+    backbone = [(str(number), stage) for number, stage in enumerate(model.stages)]
+    other = EarlyExit(backbone, {"0": model.heads[0], "1": model.heads[1]}, model.criterion, margin=0.0).eval()
+    assert other.criterion.thresholds == before.thresholds
+    assert all(torch.equal(*pair) for pair in zip(other.criterion.buffers(), before.buffers(), strict=True))
+    with pytest.raises(ValueError, match="criterion: has thresholds for 2 exits before the last, expected a new"):
+        EarlyExit(backbone, {"0": model.heads[0]}, model.criterion)
+    assert model.criterion.thresholds == before.thresholds
+
+
+def test_training_on_several_devices_leaves_the_thresholds_alone(tmp_path: Any) -> None:
+    """They lie on the host, where a backend for GPUs cannot send them."""
+    model = build(Learned())
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model.train())
+        assert wrapped.parameters_to_ignore == {"criterion.cuts", "criterion.weights"}
+        exit_loss(wrapped(X), torch.zeros(40, dtype=torch.long)).backward()  # no parameter goes unused
+        exit_loss(wrapped(X), torch.zeros(40, dtype=torch.long)).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+# --- calibration: what may come ---------------------------------------------------------------------------------------
+
+
+def test_validation_data_with_nan() -> None:
+    """What is not a number is not sure; the others are calibrated as if it were not there."""
+    for criterion in (Entropy(), MaxProbability(), Learned()):
+        model, x, labels = staged(criterion)
+        clean = model.calibrate_([(x, labels)], accuracy=0.95).chosen
+        spoilt = torch.cat((x, torch.full((4, 3), math.nan))), torch.cat((labels, torch.ones(4).long()))
+        found = model.calibrate_([spoilt], accuracy=0.95 * 400 / 404).chosen
+        assert all(math.isfinite(threshold) for threshold in found.thresholds)
+        assert found.macs == pytest.approx((clean.macs * 400 + 3 * 4) / 404, rel=0.02)
+
+
+def test_calibration_refuses() -> None:
+    model, x, labels = staged(Entropy(0.4))
+    for data, options, error, message in [
+        ([(x, labels)], {"accuracy": "0.9"}, TypeError, "accuracy: expected a number, got '0.9'"),
+        ([(x, labels)], {"macs": True}, TypeError, "macs: expected a number, got True"),
+        ([(x, labels)], {"macs": math.nan}, ValueError, "macs: expected at least 1 per sample"),
+        ([(x, labels)], {"accuracy": math.nan}, ValueError, r"accuracy: expected a share in \[0, 1\], got nan"),
+        ([x], {"accuracy": 0.9}, TypeError, r"data: expected pairs \(inputs, labels\), got Tensor"),
+        ([(x, labels.tolist())], {"accuracy": 0.9}, TypeError, "data: expected a tensor of labels, got list"),
+        ([(x, labels + 1)], {"accuracy": 0.9}, ValueError, "data: expected labels from 0 to 1, got 1 to 2"),
+        ([(x, labels - 1)], {"accuracy": 0.9}, ValueError, "data: expected labels from 0 to 1, got -1 to 0"),
+        ([(x, labels.float())], {"accuracy": 0.9}, ValueError, r"integer labels \[400\], got torch.float32"),
+    ]:  # fmt: skip
+        with pytest.raises(error, match=message):
+            model.calibrate_(data, **options)  # type: ignore[arg-type]
+    assert model.criterion.thresholds == pytest.approx([0.4, 0.4])
+    assert model.calibrate_([(x, labels), (x[:0], labels[:0])], accuracy=0).chosen.macs == 1

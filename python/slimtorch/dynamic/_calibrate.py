@@ -122,6 +122,7 @@ def _candidates(criterion: Criterion, logits: Sequence[np.ndarray]) -> list[list
     if isinstance(criterion, Patience):
         return [[float(patience)] * exits for patience in range(1, exits + 1)]
     scores = [criterion.score(number, values) for number, values in enumerate(logits[:-1])]
+    scores = [np.where(np.isnan(score), -np.inf, score) for score in scores]  # they never leave
     never, always = [math.inf] * exits, [-math.inf] * exits
     return [never, always, *(_geometric(scores, float(q)) for q in _RATIOS)]
 

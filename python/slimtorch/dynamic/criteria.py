@@ -52,11 +52,20 @@ class Criterion(nn.Module):
         return self
 
     def bind(self, exits: int) -> None:
-        """One threshold for each of `exits` exits; ValueError where another number of them was given."""
+        """One threshold for each of `exits` exits; of as many already they stay what they are.
+
+        Raises:
+            ValueError: another number of them was given, or it belongs to a network with another number.
+        """
         if len(self._given) not in (1, exits):
             raise ValueError(f"threshold: expected one, or one for each of {exits} exits, got {len(self._given)}")
-        cuts = self._given * exits if len(self._given) == 1 else self._given
-        self.cuts = torch.tensor(cuts, dtype=torch.float64)
+        if len(self.cuts) == exits:
+            return
+        if len(self.cuts) != 1:
+            raise ValueError(
+                f"criterion: has thresholds for {len(self.cuts)} exits before the last, expected a new one for {exits}"
+            )
+        self.cuts = torch.tensor(self._given * exits, dtype=torch.float64)
 
     @property
     def thresholds(self) -> list[float]:
@@ -89,7 +98,11 @@ class Criterion(nn.Module):
 
         A batch of one waits for this; numpy would take longer than a small layer does.
         """
-        return self.score_one(exit, logits) > self.cuts.tolist()[exit], None
+        return self.score_one(exit, logits) > self._cuts()[exit], None
+
+    def _cuts(self) -> list[float]:
+        cuts = self._buffers["cuts"]  # past the attribute look-up of modules: a batch of one waits
+        return [] if cuts is None else cuts.tolist()
 
     def score_one(self, exit: int, logits: list[float]) -> float:
         """The score of one sample, as `score`."""
@@ -140,15 +153,14 @@ class Entropy(Criterion):
         return -_log_entropy(*_others(logits))
 
     def score_one(self, exit: int, logits: list[float]) -> float:
-        best, rest, sum_ = max(logits), 0.0, 0.0
+        best, rest, sum_, exp = max(logits), 0.0, 0.0, math.exp
         top = logits.index(best)
-        for index, value in enumerate(logits):
-            if index != top:
-                shifted = value - best
-                power = math.exp(shifted)
-                rest += power
-                if power:
-                    sum_ += power * shifted
+        for value in logits[:top] + logits[top + 1 :]:
+            shifted = value - best
+            power = exp(shifted)
+            rest += power
+            if power:
+                sum_ += power * shifted
         entropy = math.log1p(rest) - sum_ / (1 + rest) if rest == rest else math.nan
         return -math.log(entropy) if entropy else math.inf
 
@@ -217,16 +229,16 @@ class Patience(Criterion):
         return cut
 
     def decide(self, exit: int, logits: np.ndarray, memory: np.ndarray | None, margin: float) -> Decision:
-        answer = logits.argmax(1)
+        answer = np.where(np.isnan(logits).any(1), -1 - exit, logits.argmax(1))  # no answer, like no other
         count = np.zeros_like(answer) if memory is None else np.where(memory[:, 0] == answer, memory[:, 1] + 1, 0)
         leave = count >= float(self.cuts[exit])
         close = gap(logits) <= margin * (1 + np.abs(logits).max(1)) if margin else np.zeros_like(leave)
         return Decision(leave, close, np.stack((answer, count), 1))
 
     def decide_one(self, exit: int, logits: list[float], memory: Any) -> tuple[bool, Any]:
-        answer = logits.index(max(logits))
+        answer = -1 - exit if any(value != value for value in logits) else logits.index(max(logits))
         count = memory[1] + 1 if memory is not None and memory[0] == answer else 0
-        return count >= self.cuts.tolist()[exit], (answer, count)
+        return count >= self._cuts()[exit], (answer, count)
 
 
 class Learned(Criterion):
@@ -249,8 +261,9 @@ class Learned(Criterion):
 
     def bind(self, exits: int) -> None:
         super().bind(exits)
-        self.weights = torch.zeros(exits, self._FEATURES + 1, dtype=torch.float64)
-        self.weights[:, 0] = 1
+        if len(self.weights) != exits:
+            self.weights = torch.zeros(exits, self._FEATURES + 1, dtype=torch.float64)
+            self.weights[:, 0] = 1
 
     def _cut(self, threshold: float) -> float:
         return MaxProbability._cut(self, threshold)  # type: ignore[arg-type]  # the same scale
@@ -271,7 +284,14 @@ class Learned(Criterion):
         return float(self.weights[exit].abs().sum())
 
     def fit_(self, exit: int, logits: np.ndarray, labels: np.ndarray) -> None:
-        """Fit one exit's regression: logits float64 [n, classes], labels int [n]; Newton's method with a ridge."""
+        """Fit one exit's regression: logits float64 [n, classes], labels int [n]; Newton's method with a ridge.
+
+        Of logits that are not finite nothing is learned.
+        """
+        known = np.isfinite(logits).all(1)
+        logits, labels = logits[known], labels[known]
+        if not len(labels):
+            return
         right = (logits.argmax(1) == labels).astype(np.float64)
         features = np.concatenate((self._features(logits), np.ones((len(labels), 1))), 1)
         scale = np.maximum(np.abs(features).max(0), 1e-9)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtorch.dynamic._blocks import Skipped, check_shapes, choose, left, scaled, steps
+from slimtorch.dynamic._walk import laid_out
 from slimtorch.measure import count_macs, eval_mode
 from slimtorch.report import Table
 
@@ -495,7 +496,7 @@ def _infer_one(
     stages: Sequence[_Stage], x: Tensor, threshold: float, gates: int | None = None
 ) -> tuple[Tensor, list[bool]]:
     """The same for one sample [1, …], always laid out alike; after so many gates it is left there."""
-    x = x.contiguous()
+    x = laid_out(x)
     path: list[bool] = []
     for stage in stages:
         if stage.gate is None or stage.skip is None:

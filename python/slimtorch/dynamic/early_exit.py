@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import math
+import numbers
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from slimtorch.distill import self_distillation_loss
 from slimtorch.dynamic._calibrate import Calibration, calibrate
-from slimtorch.dynamic._walk import State, Walk, rows_of, walk
+from slimtorch.dynamic._walk import State, Walk, check_logits, first_of, rows_of, walk, walk_one
 from slimtorch.dynamic.criteria import Criterion, Entropy
 from slimtorch.measure import count_macs, eval_mode, interleave
 from slimtorch.packing import PackReport, pack_
@@ -74,22 +75,27 @@ class EarlyExit(nn.Module):
     ``margin``, far above what the number of rows changes in the last bits of logits, that sample is run again alone.
     (A network that itself magnifies rounding, by taking signs of activations for example, wants a larger margin.)
 
-    The backbone's modules are taken over, not copied: its weights are trained and packed here.
+    The backbone's modules are taken over, not copied: its weights are trained and packed here. ``criterion`` can be set
+    anew; a criterion keeps its thresholds, also calibrated ones, as long as the number of exits is the same.
 
     Args:
         backbone: an ``nn.Sequential``, or a sequence of (name, module). Points are the names of its modules; an
             ``nn.Sequential`` inside counts by its parts ("features.3"). What goes from one to the next may be a tuple
-            or list of tensors, batch first.
+            or list of tensors, batch first. One that has a ``forward`` or hooks of its own computes something else than
+            its modules one after the other, and is refused.
         exits: point → head: a module that makes logits [N, classes] of what that point gives. Any order.
         criterion: when a sample leaves; None: `Entropy(0.3)`.
-        margin: relative to 1 + the largest logit; None: by dtype (float32: 1e-4). 0: trust the batch; ``inf``: run
-            every sample alone.
+        margin: relative to 1 + the largest logit; None: by the coarsest dtype on the way (float32: 1e-4). 0: trust the
+            batch; ``inf``: run every sample alone.
 
     Raises:
         TypeError: backbone, heads or criterion of another kind.
         ValueError: no exit; a point that the backbone does not have (the closest ones are named), that lies inside a
-            module which is no ``nn.Sequential``, or that is the end, where the backbone answers itself; a number of
-            thresholds that is not the number of exits.
+            module which is no ``nn.Sequential``, or that is the end, where the backbone answers itself; a backbone that
+            is more than its modules in a row; a number of thresholds that is not the number of exits.
+
+    What only shows when it runs is refused there: a ValueError for logits that are not [N, classes] with the same
+    classes at every exit, or for a state that has not N rows; a TypeError for either that is no tensor.
     """
 
     def __init__(
@@ -109,22 +115,25 @@ class EarlyExit(nn.Module):
             raise ValueError("exits: expected one or more, got none")
         for point in exits:
             _check_point(point, parts)
-        if criterion is not None and not isinstance(criterion, Criterion):
-            raise TypeError(f"criterion: expected one of slimtorch.dynamic's, got {type(criterion).__name__}")
         if margin is not None and not margin >= 0:
             raise ValueError(f"margin: expected 0 or more, or None, got {margin!r}")
         points = sorted(exits, key=names.index)
         cuts = [0, *(names.index(point) + 1 for point in points), len(parts)]
         self.points = points
-        self.stages = nn.ModuleList(
-            nn.Sequential(OrderedDict((name.replace(".", "_"), module) for name, module in parts[a:b]))
-            for a, b in itertools.pairwise(cuts)
-        )
+        self.stages = nn.ModuleList(_stage(parts[a:b]) for a, b in itertools.pairwise(cuts))
         self.heads = nn.ModuleList(exits[point] for point in points)
         self.criterion = Entropy() if criterion is None else criterion
-        self.criterion.bind(len(points))
         self.margin = margin
-        self._estimates: tuple[int, list[float]] | None = None
+        self._estimates: list[tuple[float, float]] | None = None  # seconds of one sample, of a further one, by segment
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "criterion":
+            if not isinstance(value, Criterion):
+                raise TypeError(f"criterion: expected one of slimtorch.dynamic's, got {type(value).__name__}")
+            value.bind(len(self.points))
+            # thresholds lie on the host, from where a process group of GPUs cannot send them: every process has its own
+            self._ddp_params_and_buffers_to_ignore = [f"criterion.{own}" for own, _ in value.named_buffers()]
+        super().__setattr__(name, value)
 
     # --- running ------------------------------------------------------------------------------------------------------
 
@@ -132,7 +141,7 @@ class EarlyExit(nn.Module):
         """Train mode: logits of all exits, in order. Eval mode: logits [N, classes], each of the exit of its sample."""
         if self.training:
             return self.all_exits(x)
-        return walk(self._calls(), x, self.criterion, self.margin).logits
+        return _answer(self._calls(), x, self.criterion, self.margin)
 
     def all_exits(self, x: State) -> list[Tensor]:
         """Logits [N, classes] of every exit in either mode; nobody leaves."""
@@ -156,9 +165,10 @@ class EarlyExit(nn.Module):
     def predict(self, x: State, deadline: float) -> Run:
         """The best answers that can be had in time: samples that are sure leave, the others go on until the deadline.
 
-        Before each segment the time left is compared with what it should take: as measured by `measure_`, in proportion
-        to the samples that are left, and at least the time for one; without such a measurement a segment is begun
-        whenever time is left. The first exit is always computed. With a deadline answers may depend on the batch.
+        Before each segment the time left is compared with what it should take for the samples that are left: as
+        measured by `measure_`, between its times for one sample and for its batch in a straight line, at least the time
+        for one; without such a measurement a segment is begun whenever time is left. The first exit is always computed.
+        With a deadline answers may depend on the batch, whatever the margin is.
 
         Args:
             deadline: seconds from the call, above 0.
@@ -177,8 +187,8 @@ class EarlyExit(nn.Module):
             left = deadline - (time.perf_counter() - start)
             if estimates is None:
                 return left > 0
-            batch, seconds = estimates
-            return seconds[segment] * max(1.0, count / batch) <= left
+            one, more = estimates[segment]
+            return one + more * (count - 1) <= left
 
         with eval_mode(self):
             found = walk(self._calls(), x, self.criterion, self.margin, proceed)
@@ -205,21 +215,28 @@ class EarlyExit(nn.Module):
             What was chosen, and all that was tried; prints as a table.
 
         Raises:
+            TypeError: a goal that is no number; data that are no such pairs.
             ValueError: not exactly one of accuracy and macs; no data; labels that do not fit; a goal that cannot be
-                met, with the best that can. The thresholds are then as they were.
+                met, with the best that can. The thresholds are then as they were, as on any error.
         """
         if (accuracy is None) == (macs is None):
             raise ValueError("accuracy, macs: expected exactly one of them")
+        for name, goal in (("accuracy", accuracy), ("macs", macs)):
+            if isinstance(goal, bool) or not (goal is None or isinstance(goal, numbers.Real)):
+                raise TypeError(f"{name}: expected a number, got {goal!r}")
         logits: list[list[np.ndarray]] = []
         targets: list[np.ndarray] = []
         cost: list[int] | None = None
         with eval_mode(self), torch.no_grad():
-            for inputs, labels in data:
+            for batch in data:
+                if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+                    raise TypeError(f"data: expected pairs (inputs, labels), got {type(batch).__name__}")
+                inputs, labels = batch
                 outputs = self.all_exits(inputs)
-                if labels.shape != outputs[-1].shape[:1] or labels.is_floating_point():
-                    raise ValueError(
-                        f"data: expected integer labels [{len(outputs[-1])}], got {labels.dtype} {list(labels.shape)}"
-                    )
+                count, classes = len(first_of(inputs)), None
+                for number, output in enumerate(outputs):
+                    classes = check_logits(output, count, number, classes)
+                _check_labels(labels, count, outputs[-1].shape[1])
                 if cost is None and len(labels):
                     cost = np.cumsum(self._macs(inputs)).tolist()
                 logits.append([output.to("cpu", torch.float64).numpy() for output in outputs])
@@ -233,19 +250,37 @@ class EarlyExit(nn.Module):
 
     @torch.no_grad()
     def measure_(self, x: State, samples: int = 15) -> list[float]:
-        """Seconds that each segment takes for this batch when nobody leaves; `predict` plans with them from then on."""
+        """Seconds that each segment takes for this batch when nobody leaves; `predict` plans with them from then on.
+
+        Args:
+            x: a typical batch, one sample at least; one sample of it is timed too.
+            samples: as of `slimtorch.measure.interleave`.
+
+        Returns:
+            One number per segment: the 90th percentile, as it is the slow ones that miss a deadline.
+        """
+        batch = len(first_of(x))
+        if not batch:
+            raise ValueError("x: expected at least one sample, got none")
         with eval_mode(self):
             states = [x]
             for stage in self.stages[:-1]:
                 states.append(stage(states[-1]))
+            alone = [rows_of(state, torch.tensor([0]), batch) for state in states]
             calls = {
-                str(number): (lambda call=call, state=state: call(state))
-                for number, (call, state) in enumerate(zip(self._calls(), states, strict=True))
+                f"{kind}/{number}": (lambda call=call, state=state: call(state))
+                for kind, every in (("one", alone), ("all", states))
+                for number, (call, state) in enumerate(zip(self._calls(), every, strict=True))
+                if kind == "all" or batch > 1
             }
-            found = interleave(calls, samples=samples, device=_first(x).device)
-        seconds = [latency.p90 for latency in found.values()]  # a deadline is missed by the slow ones
-        self._estimates = (max(1, len(_first(x))), seconds)
-        return seconds
+            found = interleave(calls, samples=samples, device=first_of(x).device)
+        whole = [found[f"all/{number}"].p90 for number in range(len(states))]
+        if batch == 1:
+            self._estimates = [(seconds, seconds) for seconds in whole]
+        else:
+            one = [found[f"one/{number}"].p90 for number in range(len(states))]
+            self._estimates = [(a, max(0.0, (b - a) / (batch - 1))) for a, b in zip(one, whole, strict=True)]
+        return whole
 
     @torch.no_grad()
     def latencies(self, x: State, samples: int = 5) -> Tensor:
@@ -253,9 +288,10 @@ class EarlyExit(nn.Module):
         with eval_mode(self):
             calls = self._calls()
             found = []
-            for number in range(len(_first(x))):
-                one = rows_of(x, torch.tensor([number]))
-                call = {"one": lambda one=one: walk(calls, one, self.criterion, self.margin)}
+            count = len(first_of(x))
+            for number in range(count):
+                one = rows_of(x, torch.tensor([number]), count)
+                call = {"one": lambda one=one: _answer(calls, one, self.criterion, self.margin)}
                 found.append(interleave(call, samples=samples, min_sample_seconds=0.0)["one"].median)
         return torch.tensor(found, dtype=torch.float64)
 
@@ -277,7 +313,7 @@ class EarlyExit(nn.Module):
         if len(segments) != len(self.stages):
             raise ValueError(f"segments: expected {len(self.stages)}, got {len(segments)}")
         calls, criterion, margin = list(segments), self.criterion, self.margin
-        return lambda x: walk(calls, x, criterion, margin).logits
+        return lambda x: _answer(calls, x, criterion, margin)
 
     def pack_(self, example_inputs: State, **options: Any) -> list[PackReport]:
         """`slimtorch.pack_` on each segment, with as many of these samples as really arrive there (one at least).
@@ -297,7 +333,7 @@ class EarlyExit(nn.Module):
                 rows = torch.nonzero(arrived >= number).flatten()
                 if not len(rows):
                     rows = arrived.argmax()[None]
-                reports.append(pack_(segment, (rows_of(state, rows),), **options))
+                reports.append(pack_(segment, (rows_of(state, rows, len(arrived)),), **options))
                 if number < len(self.heads):
                     state = self.stages[number](state)
         return reports
@@ -313,9 +349,10 @@ class EarlyExit(nn.Module):
 
     def _macs(self, x: State) -> list[int]:
         """MACs that one sample costs in each segment, head included; layers as they are now."""
-        if not len(_first(x)):
+        count = len(first_of(x))
+        if not count:
             return [0] * len(self.stages)
-        state, found = rows_of(x, torch.tensor([0])), []
+        state, found = rows_of(x, torch.tensor([0]), count), []
         for segment in self.segments():
             found.append(count_macs(segment, (state,))[1])
             state = segment.stage(state)
@@ -326,10 +363,22 @@ def _with_head(state: State, head: nn.Module) -> tuple[State, Any]:
     return state, head(state)
 
 
-def _first(state: State) -> Tensor:
-    while not isinstance(state, Tensor):
-        state = state[0]
-    return state
+def _answer(calls: Sequence[Callable[[State], Any]], x: State, criterion: Criterion, margin: float | None) -> Tensor:
+    """Logits alone. A batch of one waits for every line that is run here."""
+    if isinstance(x, Tensor) and x.shape[:1] == (1,):
+        return walk_one(calls, x, criterion)[0]
+    return walk(calls, x, criterion, margin).logits
+
+
+def _check_labels(labels: object, count: int, classes: int) -> None:
+    """int [count], from 0 on below `classes`."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"data: expected a tensor of labels, got {type(labels).__name__}")
+    if labels.shape != (count,) or labels.is_floating_point():
+        raise ValueError(f"data: expected integer labels [{count}], got {labels.dtype} {list(labels.shape)}")
+    least, most = (int(labels.min()), int(labels.max())) if count else (0, 0)
+    if least < 0 or most >= classes:
+        raise ValueError(f"data: expected labels from 0 to {classes - 1}, got {least} to {most}")
 
 
 def _run(found: Walk, macs: list[int], seconds: float) -> Run:
@@ -343,6 +392,12 @@ def _run(found: Walk, macs: list[int], seconds: float) -> Run:
 
 def _parts(backbone: object) -> list[tuple[str, nn.Module]]:
     if isinstance(backbone, nn.Sequential):
+        if type(backbone).forward is not nn.Sequential.forward or _hooked(backbone):
+            what = "hooks" if _hooked(backbone) else "a forward"
+            raise ValueError(
+                f"backbone: expected modules that run one after the other, got a {type(backbone).__name__} with {what} "
+                "of its own; give its modules as a sequence of (name, module) if that is what it computes"
+            )
         return _flat("", backbone)
     if isinstance(backbone, nn.Module) or not isinstance(backbone, Sequence):
         raise TypeError(
@@ -352,21 +407,38 @@ def _parts(backbone: object) -> list[tuple[str, nn.Module]]:
     for item in backbone:
         if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], nn.Module)):
             raise TypeError(f"backbone: expected pairs (name, module), got {item!r}")
-        name, module = item
+        name, module = str(item[0]), item[1]
         if any(name == other for other, _ in found):
             raise ValueError(f"backbone: expected names of their own, got {name!r} twice")
-        found.append((str(name), module))
+        found.append((name, module))
     return found
 
 
 def _flat(prefix: str, module: nn.Sequential) -> list[tuple[str, nn.Module]]:
     found: list[tuple[str, nn.Module]] = []
-    for name, child in module.named_children():
-        if type(child) is nn.Sequential and not child._forward_hooks and not child._forward_pre_hooks:
+    for name, child in module._modules.items():  # a module that stands there twice runs twice
+        if child is None:
+            raise ValueError(f"backbone: expected a module at {prefix + name!r}, got None")
+        if type(child) is nn.Sequential and not _hooked(child):
             found += _flat(f"{prefix}{name}.", child)
         else:
             found.append((prefix + name, child))
     return found
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _stage(parts: Sequence[tuple[str, nn.Module]]) -> nn.Sequential:
+    """These modules in a row; a name of theirs has no dot, and "a.b" and "a_b" stay two."""
+    modules: OrderedDict[str, nn.Module] = OrderedDict()
+    for name, module in parts:
+        own = name.replace(".", "_")
+        while own in modules:
+            own += "_"
+        modules[own] = module
+    return nn.Sequential(modules)
 
 
 def _check_point(point: object, parts: list[tuple[str, nn.Module]]) -> None:
@@ -380,9 +452,7 @@ def _check_point(point: object, parts: list[tuple[str, nn.Module]]) -> None:
                     "through it alone; expected a module of the sequence itself"
                 )
         near = difflib.get_close_matches(str(point), names, n=3, cutoff=0.3) or names[:3]
-        raise ValueError(
-            f"exits: the backbone has no point {point!r}; closest names: {', '.join(map(repr, near))}"
-        )
+        raise ValueError(f"exits: the backbone has no point {point!r}; closest names: {', '.join(map(repr, near))}")
     if point == names[-1]:
         raise ValueError(f"exits: {point!r} is the end of the backbone, which answers there itself")
 
@@ -427,5 +497,3 @@ def exit_loss(
     if distill_temperature is not None:
         total = total + distill_weight * self_distillation_loss(outputs, distill_temperature)
     return total
-
-
