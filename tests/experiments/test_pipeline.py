@@ -21,7 +21,7 @@ from slimtorch.experiments.catalogue import Settings, find
 from slimtorch.nn import PackedLayer
 from slimtorch.recipe import Calibrate, Distill, Train
 
-TINY = pipeline.Plan(2, 0.2, epochs=(0.2, 0.2, 0.2), hidden=(3, 4, 8), head=4, batch_size=50)
+TINY = pipeline.Plan(2, 0.2, epochs=(0.2, 0.2, 0.2), hidden=(3, 4, 8), batch_size=50)
 
 
 @pytest.fixture(scope="module")

@@ -174,6 +174,15 @@ def test_exits_have_heads_and_leave_the_answer(data: Digits, model: Any) -> None
     assert widths == [7, 10]
 
 
+@pytest.mark.parametrize(("pool", "inputs"), [(4, 48), (2, 12), (20, 432), (None, 432)])
+def test_heads_see_a_map_of_the_size_asked_for(data: Digits, pool: int | None, inputs: int) -> None:
+    phase = recipe.Exits(exits={"pool1": None}, pool=pool)
+    result = recipe.Recipe([phase], batches=()).run({"function": "slimtorch.models:LeNet5", "hidden": [3, 4, 8]}, data)
+    (head,) = (m for m in result.model.heads.modules() if isinstance(m, nn.Linear))  # type: ignore[union-attr]
+    assert head.in_features == inputs  # of the 3 x 12 x 12 after the pooling
+    assert head.out_features == 10
+
+
 def test_exits_need_modules_in_order(data: Digits) -> None:
     class Skips(nn.Module):
         def __init__(self) -> None:
@@ -389,6 +398,7 @@ T = recipe.Train(epochs=1)
         (lambda: recipe.Pack(formats="spars"), ValueError, "closest: 'sparse'"),
         (lambda: recipe.Exits(exits={}), TypeError, "exits: expected a mapping"),
         (lambda: recipe.Exits(exits={"a": 0}), ValueError, "exits: expected at least 1"),
+        (lambda: recipe.Exits(exits={"a": None}, pool=0), ValueError, "pool: expected at least 1"),
         (lambda: recipe.Factorize(config=3), TypeError, "config: expected LowRank"),  # type: ignore[arg-type]
         (lambda: recipe.Separate(config=3), TypeError, "config: expected Separable"),  # type: ignore[arg-type]
         (lambda: recipe.Separate(objective="sise"), ValueError, "closest: 'size'"),  # type: ignore[arg-type]

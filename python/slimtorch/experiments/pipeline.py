@@ -45,7 +45,7 @@ from slimtorch.report import Table, format_bytes, format_seconds
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CODE = 1  # raise it when trials train differently: stored ones are then not used
+CODE = 2  # raise it when trials train differently: stored ones are then not used
 BATCHES = (1, 256)
 TIMING = 4  # raise it when networks are packed or timed differently
 EFFORT = {True: (1.0, 3), False: (6.0, 21)}  # quick or not: seconds to pack a network, samples of a latency
@@ -73,7 +73,6 @@ class Plan:
         sparsity: of the weights of all layers but the first.
         bits: of shared weights.
         within: by how much the validation accuracy may fall for samples to leave early.
-        head: width of the hidden layer of the exit.
         temperature, soft: of distillation, and the weight of its term; labels have the rest.
         batch_size: of training.
     """
@@ -88,7 +87,6 @@ class Plan:
     sparsity: float = 0.8
     bits: int = 4
     within: float = 0.004
-    head: int = 64
     temperature: float = 4.0
     soft: float = 0.9
     batch_size: int = 60
@@ -112,7 +110,7 @@ def phases_of(arm: str, chosen: Plan) -> list[Phase]:
     neurons = Prune(config=Neurons(ratio=chosen.neurons), name="neurons removed")
     weights = Prune(config={"*conv1": None, "*": Magnitude(chosen.sparsity)}, name="weights pruned")
     share = Cluster(config=KMeans(bits=chosen.bits), name="weights shared")
-    exits = Exits(exits={"pool1": chosen.head}, name="exit added")
+    exits = Exits(exits={"pool1": None}, pool=None, name="exit added")
     thresholds = Calibrate(within=chosen.within, name="thresholds set")
 
     def labels(epochs: float, rate: float = chosen.tune_rate, name: str = "trained") -> Train:

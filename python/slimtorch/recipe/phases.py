@@ -324,20 +324,24 @@ class Exits(Phase):
     A network that is no ``nn.Sequential`` is taken apart into its modules, one after the other; whether that is what
     it computes is checked.
 
-    A head averages a feature map to at most 4×4 and ends in a linear layer.
+    A head averages a feature map to at most ``pool`` × ``pool`` and ends in a linear layer.
 
     Attributes:
         exits: point of the backbone → width of a hidden layer of its head, or None for a linear head.
+        pool: 1 or more; None: the map as it is.
         criterion: when a sample leaves: "entropy", "max_probability", "patience" or "learned". `Calibrate` sets its
             thresholds.
     """
 
     kind = "early_exit"
     exits: Mapping[str, int | None]
+    pool: int | None = 4
     criterion: Literal["entropy", "max_probability", "patience", "learned"] = "entropy"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.pool is not None:
+            check_count("pool", self.pool, 1)
         if not isinstance(self.exits, Mapping) or not self.exits:
             raise TypeError(f"exits: expected a mapping from points to a width or None, got {self.exits!r}")
         for width in self.exits.values():
@@ -355,7 +359,7 @@ class Exits(Phase):
         with eval_mode(backbone), torch.no_grad():
             for point, stage in zip(backbone.points, backbone.stages, strict=False):
                 x = stage(x)
-                heads[point] = _head(x, self.exits[point], classes).to(x.device)
+                heads[point] = _head(x, self.pool, self.exits[point], classes).to(x.device)
         return EarlyExit(parts, heads, CRITERIA[self.criterion]())
 
 
@@ -420,10 +424,10 @@ def _in_order(model: nn.Module, x: Tensor) -> list[tuple[str, nn.Module]]:
     return parts
 
 
-def _head(features: Tensor, hidden: int | None, classes: int) -> nn.Module:
+def _head(features: Tensor, pool: int | None, hidden: int | None, classes: int) -> nn.Module:
     layers: list[nn.Module] = []
-    if features.dim() == 4:
-        layers.append(nn.AdaptiveAvgPool2d((min(4, features.shape[2]), min(4, features.shape[3]))))
+    if features.dim() == 4 and pool is not None:
+        layers.append(nn.AdaptiveAvgPool2d((min(pool, features.shape[2]), min(pool, features.shape[3]))))
         features = layers[0](features)
     width = features[0].numel()
     layers.append(nn.Flatten())
