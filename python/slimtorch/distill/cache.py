@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """A teacher's logits on disk, computed once: memory-mapped, resumable, checked against data and teacher.
 
-A folder holds ``logits.npy`` (``[samples, classes]``) and ``cache.json``: how many rows are done, and hashes of the
-teacher and of the inputs of those rows. Rows count only once both are written, so that a crash loses at most the last
-pieces, never a whole run.
+A folder holds ``logits.npy`` (``[samples, classes]``) and ``cache.json``: how many rows are done, their checksum, and
+hashes of the teacher and of the inputs of those rows. Rows count only once both are written, so that a crash loses at
+most the last pieces, never a whole run.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,7 +33,8 @@ _FLUSH = 16  # batches between notes of what is done
 class TeacherCache:
     """Logits of a teacher over a data set: ``cache[indices]`` gives ``[n, classes]`` float32.
 
-    The inputs must be the same in every epoch: random augmentation would pair logits with other images.
+    The inputs must be the same in every epoch: random augmentation would pair logits with other images. Any number of
+    processes may read a cache; its pages are shared, and a pickled one holds no more than the name of the folder.
 
     Args:
         folder: made by `TeacherCache.fill`.
@@ -49,14 +54,21 @@ class TeacherCache:
                 "TeacherCache.fill again with the same teacher and data"
             )
         self.classes: int = facts["classes"]
-        self._teacher: str = facts["teacher"]
+        self._facts = facts
         self._logits = _open(self.folder, (facts["done"], facts["classes"]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Opened anew where it is unpickled, as in the workers of a DataLoader."""
+        return type(self), (self.folder.absolute(),)
 
     @classmethod
     def fill(
         cls, folder: str | Path, teacher: nn.Module, batches: Iterable[Any], samples: int, *, progress: bool = True
     ) -> TeacherCache:
         """Run a teacher over all batches, or over those that an interrupted call has left, and open the cache.
+
+        All batches are read in any case, to see that they are the same. A process that finds another one at work in the
+        folder, as those of DistributedDataParallel do, waits for it.
 
         Args:
             folder: made where it is missing.
@@ -66,42 +78,21 @@ class TeacherCache:
             progress: show a bar.
 
         Raises:
-            ValueError: the folder was filled from another teacher or other inputs, or ``batches`` has more or fewer
-                samples than said. What was done is kept.
+            TypeError: an argument or a batch of another kind.
+            ValueError: the folder was filled from another teacher, other inputs or another number of them, or is
+                damaged; ``batches`` has more or fewer samples than said; the teacher gives no logits. What was done is
+                kept.
         """
-        path = Path(folder)
+        if not isinstance(teacher, nn.Module):
+            raise TypeError(f"teacher: expected a module, got {type(teacher).__name__}")
+        if isinstance(samples, bool) or not isinstance(samples, int):
+            raise TypeError(f"samples: expected a whole number, 1 or more, got {samples!r}")
         if samples < 1:
-            raise ValueError(f"samples: expected 1 or more, got {samples!r}")
+            raise ValueError(f"samples: expected a whole number, 1 or more, got {samples!r}")
+        path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        digest = teacher_digest(teacher)
-        facts = _facts(path) or {"done": 0, "classes": None, "teacher": digest, "inputs": "", "complete": False}
-        if facts["teacher"] != digest:
-            raise ValueError(f"teacher: {str(path)!r} holds logits of another one; give another folder")
-        logits: np.memmap | None = None
-        parameter = next(iter(teacher.parameters()), None)
-        device = parameter.device if parameter is not None else torch.device("cpu")
-        items: Iterable[Any] = shown(batches, "teacher", None) if progress else batches
-        try:
-            with eval_mode(teacher), torch.inference_mode():
-                for number, (start, end, inputs, inputs_hash) in enumerate(_missing(items, facts, samples, path), 1):
-                    args, kwargs = split_inputs(_to(inputs, device))
-                    output = teacher(*args, **kwargs)
-                    if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != end - start:
-                        shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-                        raise ValueError(f"teacher: expected logits [{end - start}, classes], got {shape}")
-                    if logits is None:
-                        facts["classes"] = output.shape[1]
-                        logits = _open(path, (samples, output.shape[1]), write=True)
-                    logits[start:end] = output.float().cpu().numpy()
-                    facts.update(done=end, inputs=inputs_hash)
-                    if number % _FLUSH == 0:
-                        _note(path, facts, logits)
-        finally:  # what was computed before an error counts
-            if logits is not None:
-                _note(path, facts, logits)
-        if not facts["complete"]:
-            facts["complete"] = True
-            _note(path, facts, None)
+        with _locked(path):
+            _fill(path, teacher, shown(batches, "teacher", None) if progress else batches, samples)
         return cls(path)
 
     def __len__(self) -> int:
@@ -113,9 +104,72 @@ class TeacherCache:
         return torch.from_numpy(np.array(self._logits[where]))
 
     def check(self, teacher: nn.Module) -> None:
-        """ValueError if the logits are not those of this teacher."""
-        if teacher_digest(teacher) != self._teacher:
+        """ValueError if the logits are not those of this teacher, or not those that were written; reads them all."""
+        if teacher_digest(teacher) != self._facts["teacher"]:
             raise ValueError(f"teacher: {str(self.folder)!r} holds logits of another one")
+        _check_rows(self.folder, self._facts, self._logits)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time; the lock goes with the process, however that ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _fill(path: Path, teacher: nn.Module, batches: Iterable[Any], samples: int) -> None:
+    digest = teacher_digest(teacher)
+    facts = _facts(path) or {
+        "done": 0, "classes": None, "checksum": 0, "teacher": digest, "inputs": "", "complete": False,
+    }  # fmt: skip
+    if facts["teacher"] != digest:
+        raise ValueError(f"teacher: {str(path)!r} holds logits of another one; give another folder")
+    if facts["done"] > samples or (facts["complete"] and facts["done"] != samples):
+        raise ValueError(f"samples: {str(path)!r} holds {facts['done']:,}, got {samples:,}; give another folder")
+    logits: np.memmap | None = None
+    if facts["done"]:
+        logits = _open(path, (samples, facts["classes"]), "r" if facts["complete"] else "r+")
+        _check_rows(path, facts, logits)
+    parameter = next(iter(teacher.parameters()), None)
+    device = parameter.device if parameter is not None else torch.device("cpu")
+    noted = facts["done"]
+    try:
+        with eval_mode(teacher), torch.inference_mode():
+            for number, (start, end, inputs, inputs_hash) in enumerate(_missing(batches, facts, samples, path), 1):
+                args, kwargs = split_inputs(_to(inputs, device))
+                output = teacher(*args, **kwargs)
+                shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+                classes = facts["classes"] or (shape[-1] if isinstance(shape, list) and shape else 0)
+                if shape != [end - start, classes] or not classes:
+                    raise ValueError(
+                        f"teacher: expected logits [{end - start}, {facts['classes'] or 'classes'}], got {shape}"
+                    )
+                if logits is None:  # nothing is noted, so whatever a killed process has left counts for nothing
+                    logits = np.lib.format.open_memmap(
+                        path / _LOGITS, mode="w+", dtype=np.float32, shape=(samples, classes)
+                    )
+                logits[start:end] = output.float().cpu().numpy()
+                checksum = zlib.crc32(logits[start:end].data, facts["checksum"])
+                facts.update(done=end, classes=classes, checksum=checksum, inputs=inputs_hash)
+                if number % _FLUSH == 0:
+                    _note(path, facts, logits)
+                    noted = end
+    finally:  # what was computed before an error counts
+        if logits is not None and facts["done"] > noted:
+            _note(path, facts, logits)
+    if not facts["complete"]:
+        facts["complete"] = True
+        _note(path, facts, None)
+
+
+def _check_rows(folder: Path, facts: Mapping[str, Any], logits: np.memmap) -> None:
+    """ValueError if the rows that are done are not those that were written."""
+    if zlib.crc32(logits[: facts["done"]].data) != facts["checksum"]:
+        raise ValueError(f"folder: {str(folder / _LOGITS)!r} is damaged (wrong checksum); delete it and fill it again")
 
 
 def _missing(
@@ -148,8 +202,9 @@ def _missing(
 
 
 def teacher_digest(teacher: nn.Module) -> str:
-    """SHA-256 over class, names, shapes and values of all that a model keeps."""
-    hashed = hashlib.sha256(f"{type(teacher).__module__}.{type(teacher).__qualname__}".encode())
+    """SHA-256 over names and classes of all layers, and names, shapes and values of all that they keep."""
+    layers = [f"{name} {type(module).__qualname__}" for name, module in teacher.named_modules(remove_duplicate=False)]
+    hashed = hashlib.sha256("\n".join(layers).encode())
     for name, value in sorted(teacher.state_dict().items()):
         if isinstance(value, Tensor):
             hashed.update(f"{name} {value.dtype} {list(value.shape)}".encode())
@@ -198,6 +253,7 @@ def _facts(folder: Path) -> dict[str, Any] | None:
         facts = json.loads(path.read_text(encoding="utf-8"))
         whole = isinstance(facts["done"], int) and isinstance(facts["complete"], bool) and facts["done"] >= 0
         whole = whole and isinstance(facts["teacher"], str) and isinstance(facts["inputs"], str)
+        whole = whole and isinstance(facts["checksum"], int)
         if not whole or (facts["done"] and not isinstance(facts["classes"], int)):
             raise ValueError("wrong types")
     except (ValueError, KeyError, TypeError) as error:
@@ -206,13 +262,11 @@ def _facts(folder: Path) -> dict[str, Any] | None:
     return facts
 
 
-def _open(folder: Path, shape: tuple[int, int], write: bool = False) -> np.memmap:
-    """The logits, mapped; made where they are missing. A file of another shape is an error, not overwritten."""
+def _open(folder: Path, shape: tuple[int, int], mode: Literal["r", "r+"] = "r") -> np.memmap:
+    """The logits, mapped. A file of another shape is an error, not overwritten."""
     path = folder / _LOGITS
-    if write and not path.exists():
-        return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
     try:
-        logits = np.lib.format.open_memmap(path, mode="r+" if write else "r")
+        logits = np.lib.format.open_memmap(path, mode=mode)
     except (ValueError, OSError) as error:
         raise ValueError(f"folder: {str(path)!r} is damaged or missing ({error})") from None
     if logits.shape != shape or logits.dtype != np.float32:
