@@ -387,7 +387,7 @@ def _time(
                     calls[f"{index}/{PACKED}"] = functools.partial(packed, x)
                     scripted = frozen(packed, x)
                     if scripted is not None:
-                        calls[f"{index}/{PACKED_FROZEN}"] = scripted
+                        calls[f"{index}/{PACKED_FROZEN}"] = functools.partial(scripted, x)
                 found[index]["formats"][str(batch)] = chosen
                 if number == 0:
                     found[index]["bytes_memory"] = memory_bytes(packed)

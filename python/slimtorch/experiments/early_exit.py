@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import functools
 import statistics
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +39,7 @@ from slimtorch.experiments.catalogue import Experiment, Progress, Result, Settin
 from slimtorch.experiments.compare import _build_stamp
 from slimtorch.experiments.loop import evaluate, fit
 from slimtorch.experiments.pruned import check_digits, steps_of
-from slimtorch.experiments.rivals import ONEDNN, TORCH, dense_rivals, frozen_segments
+from slimtorch.experiments.rivals import dense_ways, frozen_segments
 from slimtorch.experiments.store import Record, Store
 from slimtorch.experiments.summary import over_seeds, percent
 from slimtorch.experiments.trials import Trial, run_all
@@ -265,8 +264,8 @@ def _timed(
         images = data.test.images[: chosen.images] if batch == 1 else data.test.images
         parts = [part.clone() for part in images.split(batch)]
         calls: dict[str, Callable[[], object]] = {}
-        for name in dense_rivals(rival, parts[0]):
-            calls[f"dense/{name}"] = functools.partial(_all, _rival(rival, name, parts[0]), parts)
+        for name, way in dense_ways(rival, parts[0]).items():
+            calls[f"dense/{name}"] = functools.partial(_all, way, parts)
         segments: list[Callable[[Any], Any]] = []
         for seed, model in enumerate(models):
             own = frozen_segments(model, parts[0])
@@ -311,18 +310,6 @@ def _changed(model: EarlyExit, images: Tensor) -> list[int]:
 def _all(call: Callable[[Tensor], Tensor], parts: Sequence[Tensor]) -> None:
     for part in parts:
         call(part)
-
-
-def _rival(model: nn.Module, name: str, x: Tensor) -> Callable[[Tensor], Tensor]:
-    """The way to run a dense network that `dense_rivals` calls by this name, for any images."""
-    if name == TORCH:
-        return model
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if name == ONEDNN:
-            converted = torch.utils.mkldnn.to_mkldnn(model)
-            return lambda part: cast(Tensor, converted(part.to_mkldnn()).to_dense())
-        return cast("Callable[[Tensor], Tensor]", torch.jit.optimize_for_inference(torch.jit.trace(model, x)))
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------

@@ -307,7 +307,7 @@ def _times(
                 calls[f"{key}/packed"] = functools.partial(packed, x)
                 scripted = frozen(packed, x)
                 if scripted is not None:
-                    calls[f"{key}/packed frozen"] = scripted
+                    calls[f"{key}/packed frozen"] = functools.partial(scripted, x)
             latencies = interleave(calls, samples=chosen.samples, min_sample_seconds=SAMPLE_SECONDS)
             by, values = _judge(list(latencies.values()))
             seconds = dict(zip(latencies, values, strict=True))

@@ -29,7 +29,7 @@ from slimtorch.data import Digits, load
 from slimtorch.dynamic import EarlyExit
 from slimtorch.experiments import machine
 from slimtorch.experiments.catalogue import Experiment, Progress, Result, Settings
-from slimtorch.experiments.rivals import FROZEN, dense_rivals, frozen, frozen_segments
+from slimtorch.experiments.rivals import FROZEN, dense_ways, frozen, frozen_segments
 from slimtorch.experiments.store import Record, Store, digest
 from slimtorch.experiments.summary import over_seeds, percent
 from slimtorch.experiments.trials import Trial, run_all
@@ -195,14 +195,9 @@ def _ways(network: nn.Module, x: Tensor, *, dense: bool) -> dict[str, nn.Module]
         call = _frozen_segments(network, x)
         return {} if call is None else {FROZEN: _Way(call)}
     if dense:
-        return {how: _Way(_fixed(call)) for how, call in dense_rivals(network, x).items()}
+        return {how: _Way(way) for how, way in dense_ways(network, x).items()}
     made = frozen(network, x)
-    return {} if made is None else {FROZEN: _Way(_fixed(made))}
-
-
-def _fixed(call: Callable[[], object]) -> Callable[[Tensor], object]:
-    """These networks spend as much on every image, so that the one they were made for will do."""
-    return lambda x: call()
+    return {} if made is None else {FROZEN: _Way(made)}
 
 
 def _decoded(network: nn.Module) -> nn.Module:

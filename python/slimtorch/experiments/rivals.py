@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,52 +19,58 @@ from slimtorch.measure import Latency
 TORCH, ONEDNN, FROZEN = "torch", "oneDNN", "frozen"
 
 
-def dense_rivals(model: nn.Module, x: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
-    """Ways to run ``model`` densely on ``x`` (CPU, float32), by name; each callable gives the output.
+Way = Callable[[torch.Tensor], torch.Tensor]
+
+
+def dense_ways(model: nn.Module, x: torch.Tensor) -> dict[str, Way]:
+    """Ways to run ``model`` densely on inputs like ``x`` (CPU, float32), by name; each takes one and gives the output.
 
     - ``torch``: the module as it is.
-    - ``oneDNN``: ``torch.utils.mkldnn.to_mkldnn``, weights prepacked; converting ``x`` and the output is inside.
+    - ``oneDNN``: ``torch.utils.mkldnn.to_mkldnn``, weights prepacked; converting input and output is inside.
     - ``frozen``: ``torch.jit.optimize_for_inference``, which also fuses and saves Python's share.
 
-    A rival that cannot run this model, or whose output differs, is left out; ``torch`` is always there.
+    A way that cannot run this model, or whose output differs, is left out; ``torch`` is always there.
     """
     model = copy.deepcopy(model).eval()
-    calls: dict[str, Callable[[], torch.Tensor]] = {TORCH: lambda: model(x)}
+    ways: dict[str, Way] = {TORCH: model}
     for name, convert in ((ONEDNN, _onednn), (FROZEN, _frozen)):
-        call = _converted(convert, model, x)
-        if call is not None:
-            calls[name] = call
-    return calls
+        way = _converted(convert, model, x)
+        if way is not None:
+            ways[name] = way
+    return ways
 
 
-def frozen(model: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor] | None:
-    """``model`` (packed or dense) as frozen TorchScript run on ``x``; None where that cannot be or differs."""
+def dense_rivals(model: nn.Module, x: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
+    """`dense_ways` on ``x`` itself: callables that give the output."""
+    return {name: functools.partial(way, x) for name, way in dense_ways(model, x).items()}
+
+
+def frozen(model: nn.Module, x: torch.Tensor) -> Way | None:
+    """``model`` (packed or dense) as frozen TorchScript for inputs like ``x``; None where that cannot be or differs."""
     return _converted(_frozen, model, x)
 
 
-def _converted(
-    convert: Callable[[nn.Module, torch.Tensor], Callable[[], torch.Tensor]], model: nn.Module, x: torch.Tensor
-) -> Callable[[], torch.Tensor] | None:
+def _converted(convert: Callable[[nn.Module, torch.Tensor], Way], model: nn.Module, x: torch.Tensor) -> Way | None:
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # both converters announce their age on every call
         expected = model(x)
         try:
-            call = convert(model, x)
-            result = call()
+            way = convert(model, x)
+            result = way(x)
         except (RuntimeError, TypeError, NotImplementedError):
             return None
         same = torch.allclose(result, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-    return call if same else None
+    return way if same else None
 
 
-def _onednn(model: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+def _onednn(model: nn.Module, x: torch.Tensor) -> Way:
     converted = mkldnn.to_mkldnn(copy.deepcopy(model))
-    return lambda: converted(x.to_mkldnn()).to_dense()
+    return lambda x: converted(x.to_mkldnn()).to_dense()
 
 
-def _frozen(model: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    traced = torch.jit.optimize_for_inference(torch.jit.trace(model, x))
-    return lambda: traced(x)
+def _frozen(model: nn.Module, x: torch.Tensor) -> Way:
+    made: Way = torch.jit.optimize_for_inference(torch.jit.trace(model, x))
+    return made
 
 
 def frozen_segments(model: EarlyExit, x: torch.Tensor) -> list[Callable[[Any], Any]]:
