@@ -296,3 +296,41 @@ def test_bad_input() -> None:
     torch.manual_seed(0)
     with pytest.raises(ValueError, match=r"blocks: '0' \(Conv2d\) turns"):
         StochasticDepth(network(), 1.0, blocks="0").train()(images())
+
+
+def test_names_to_keep_may_be_globs() -> None:
+    plain = network(20)
+    assert drop_layers_(plain, ["[34]", "1?"]).kept == ("3", "4", "10", "11")
+    for keep, error, message in [
+        ("99*", ValueError, r"keep: '99\*' is no block; closest names: "),
+        ([], ValueError, r"keep: expected at least one block, got \[\]"),
+        ([3], TypeError, "keep: expected names of blocks, got 3"),
+    ]:
+        with pytest.raises(error, match=message):
+            drop_layers_(network(20), keep)  # type: ignore[arg-type]
+
+
+def test_evaluation_is_the_mean_of_training() -> None:
+    """Where nothing bends: each branch times its probability is what drawing gives on average (equation 5)."""
+
+    class Straight(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.inner(x)
+
+    torch.manual_seed(0)
+    model = StochasticDepth(nn.Sequential(Straight(), Straight()), 0.4, blocks="*").double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    chances = list(model.survival.values())
+    assert chances == pytest.approx([0.7, 0.4])
+    own: Any = model.model
+    mean = torch.zeros_like(x)
+    for first in (True, False):
+        for second in (True, False):
+            p = (chances[0] if first else 1 - chances[0]) * (chances[1] if second else 1 - chances[1])
+            h = own[0](x) if first else x
+            mean += p * (own[1](h) if second else h)
+    torch.testing.assert_close(model.eval()(x), mean)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import slimtorch as slim
-from slimtorch.dynamic import DynamicDepth, PooledGate, drop_layers_
+from slimtorch.dynamic import DynamicDepth, PooledGate, StochasticDepth, drop_layers_
 from slimtorch.measure import count_macs
 from slimtorch.models.resnet import _cifar
 
@@ -427,3 +428,88 @@ def test_bad_input(model: DynamicDepth) -> None:
     wrong = DynamicDepth(_cifar(8, 5, 2, None, 4), images(2), gate=lambda channels: nn.Flatten())
     with pytest.raises(ValueError, match=r"gate: expected one score for each of 3 samples, got \[3, 256\]"):
         wrong(images(3))
+
+
+class _Sevenfold(nn.Sequential):
+    """More than its modules in a row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 7 * super().forward(x)
+
+
+@pytest.mark.parametrize("wrapper", [lambda network: DynamicDepth(network, images(2)), StochasticDepth])
+def test_a_network_that_is_more_than_its_modules_is_refused(wrapper: Callable[[nn.Sequential], nn.Module]) -> None:
+    network = _cifar(8, 5, 2, None, 4)
+    with pytest.raises(ValueError, match="model: expected modules that run one after the other, got a _Sev"):
+        wrapper(_Sevenfold(*network.children()))
+    inner = nn.Sequential(OrderedDict(body=network))
+    handle = network.register_forward_hook(lambda module, args, output: output + 1)
+    for hooked, place in ((network, "model"), (inner, "model.body")):
+        with pytest.raises(ValueError, match=f"{place}: expected .* got a Sequential with hooks of its own"):
+            wrapper(hooked)
+    handle.remove()
+    assert wrapper(inner).eval()(images(3)).shape == (3, 5)
+
+
+def test_an_empty_batch_costs_nothing() -> None:
+    torch.manual_seed(0)
+    for per_block in (False, True):
+        options: dict[str, Any] = {"blocks": "*", "per_block": per_block, "penalty_weight": 2.0}
+        model = DynamicDepth(nn.Sequential(Plain(4), Plain(4)), torch.randn(2, 4), **options)
+        assert model(torch.randn(0, 4)).shape == (0, 4)
+        assert float(model.computed()) == 0
+        model.penalty().backward()
+        for parameter in model.gates.parameters():
+            assert parameter.grad is not None
+            assert parameter.grad.eq(0).all()
+
+
+def test_a_block_that_stands_there_twice() -> None:
+    """Two places, two gates, one block."""
+    torch.manual_seed(0)
+    block, x = Plain(4), torch.randn(30, 4)
+    model = decided(DynamicDepth(nn.Sequential(block, nn.Sequential(block)), x, blocks=["0", "1.0"])).eval()
+    ran = model.run(x).ran
+    assert len({tuple(row) for row in ran.tolist()}) > 2
+    times = ran.sum(1)
+    expected = torch.stack([x, block(x), block(block(x))], 1)[torch.arange(30), times]
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_only_the_gates_learn_in_a_frozen_network() -> None:
+    network = _cifar(8, 5, 2, None, 4).requires_grad_(False)
+    model = DynamicDepth(network, images(2))
+    model(images(4)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.gates.parameters())
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_no_parameter_goes_unused_in_training(tmp_path: Path) -> None:
+    model = DynamicDepth(_cifar(8, 5, 2, None, 4), images(2))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model.train())
+        for _ in range(2):  # the second finds out whether the first left something open
+            (wrapped(images(6)).sum() + model.penalty()).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_arguments_of_another_kind(model: DynamicDepth) -> None:
+    for options, message in [
+        ({"target": "0.5"}, "target: expected a number, got '0.5'"),
+        ({"target": True}, "target: expected a number, got True"),
+        ({"penalty_weight": None}, "penalty_weight: expected a number, got None"),
+        ({"temperature": "1"}, "temperature: expected a number, got '1'"),
+        ({"gate": 3}, "gate: expected a function of the channels or None, got 3"),
+        ({"gate": lambda channels: channels}, "gate: expected a module for 4 channels, got 4"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            DynamicDepth(_cifar(8, 5, 2, None, 4), images(2), **options)
+    with pytest.raises(TypeError, match=r"share: expected a number, got '0\.5'"):
+        model.calibrate_([images(2)], "0.5")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"survival: expected a number, got '0\.5'"):
+        StochasticDepth(_cifar(8, 5, 2, None, 4), "0.5")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"data: expected labels \[4\], got \[3\]"):
+        model.report([(images(4), torch.zeros(3).long())])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import numbers
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -26,6 +27,32 @@ def steps(model: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn.Modu
             yield from steps(module, f"{prefix}{name}.")
         else:
             yield prefix + name, module
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether something runs before or after the module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def check_sequence(model: nn.Sequential, place: str) -> None:
+    """ValueError where a sequential network computes more than its modules one after the other."""
+    if hooked(model) or type(model).forward is not nn.Sequential.forward:
+        got = f"a {type(model).__name__} with {'hooks' if hooked(model) else 'a forward'} of its own"
+        raise ValueError(f"{place}: expected modules that run one after the other, got {got}")
+
+
+def check_steps(model: nn.Sequential, place: str = "model") -> None:
+    """ValueError unless `steps` are all that the network does."""
+    check_sequence(model, place)
+    for name, module in model._modules.items():
+        if type(module) is nn.Sequential:
+            check_steps(module, f"{place}.{name}")
+
+
+def check_number(argument: str, value: object) -> None:
+    """TypeError for what is no number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{argument}: expected a number, got {value!r}")
 
 
 def splits(block: nn.Module) -> bool:

@@ -20,7 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtorch.dynamic._blocks import Skipped, check_shapes, choose, left, scaled, steps
+from slimtorch.dynamic._blocks import (
+    Skipped,
+    check_number,
+    check_shapes,
+    check_steps,
+    choose,
+    left,
+    scaled,
+    steps,
+)
 from slimtorch.dynamic._walk import laid_out
 from slimtorch.measure import count_macs, eval_mode
 from slimtorch.report import Table
@@ -157,8 +166,9 @@ class DynamicDepth(nn.Module):
         gate: `gate(channels) -> module` from [N, channels, …] to scores [N] (or [N, 1]); None: `PooledGate`.
 
     Raises:
-        TypeError: `model` is not sequential.
-        ValueError: an unknown name (with the closest ones), a block that changes shapes, a number out of range.
+        TypeError: `model` is not sequential, an argument of another kind.
+        ValueError: an unknown name (with the closest ones), a block that changes shapes, a number out of range; a
+            sequential network with a `forward` or hooks of its own, which would not run here.
     """
 
     def __init__(
@@ -176,7 +186,12 @@ class DynamicDepth(nn.Module):
     ) -> None:
         super().__init__()
         names = choose(model, blocks)
+        check_steps(model)
         _check_batch("example_inputs", example_inputs, at_least=1)
+        for argument, number in (("target", target), ("penalty_weight", penalty_weight), ("temperature", temperature)):
+            check_number(argument, number)
+        if gate is not None and not callable(gate):
+            raise TypeError(f"gate: expected a function of the channels or None, got {gate!r}")
         if not 0 < target <= 1:
             raise ValueError(f"target: expected a share in (0, 1], got {target}")
         if not (penalty_weight >= 0 and math.isfinite(penalty_weight)):
@@ -207,7 +222,10 @@ class DynamicDepth(nn.Module):
                     check_shapes(name, module, x, y)
                     if x.dim() < 2:
                         raise ValueError(f"blocks: {name!r} gets {list(x.shape)}, expected [N, channels, …]")
-                    self.gates.append((gate or PooledGate)(x.shape[1]).to(device=x.device, dtype=x.dtype))
+                    made = (gate or PooledGate)(x.shape[1])
+                    if not isinstance(made, nn.Module):
+                        raise TypeError(f"gate: expected a module for {x.shape[1]} channels, got {made!r}")
+                    self.gates.append(made.to(device=x.device, dtype=x.dtype))
                     costs.append(count_macs(module, (x,))[0])
                     x = y
                 else:
@@ -266,7 +284,8 @@ class DynamicDepth(nn.Module):
         """Of the samples of the last training batch, those that ran each block: [blocks]."""
         if not self._open:
             raise RuntimeError("DynamicDepth: no forward in training mode yet, so nothing to penalize")
-        return torch.stack([opened.float().mean() for opened in self._open])
+        # of nobody nothing ran; a mean over nothing would be NaN, and so would all weights after the next step
+        return torch.stack([opened.float().mean() if len(opened) else opened.float().sum() for opened in self._open])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": []}  # tensors with a graph cannot be copied
@@ -388,8 +407,9 @@ class DynamicDepth(nn.Module):
             The share that it comes to, as near below `share` as scores of these samples allow.
 
         Raises:
-            ValueError: a share out of range, no sample at all.
+            TypeError, ValueError: a share that is no number or out of range; no sample at all.
         """
+        check_number("share", share)
         if not 0 <= share <= 1:
             raise ValueError(f"share: expected a number in [0, 1], got {share}")
         batches = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in data]
@@ -425,7 +445,7 @@ class DynamicDepth(nn.Module):
         """Computation per sample over batches `inputs` or `(inputs, labels)`; labels, int64 [N], give the accuracy.
 
         Raises:
-            ValueError: no sample at all.
+            ValueError: no sample at all, labels of another shape.
         """
         ran: list[Tensor] = []
         right: int | None = 0
@@ -436,6 +456,8 @@ class DynamicDepth(nn.Module):
                 logits, decisions = self._infer(self._stages(), inputs)
                 if macs is None and len(inputs):
                     macs = self._macs(inputs[:1])
+            if rest and rest[0].shape != (len(inputs),):
+                raise ValueError(f"data: expected labels [{len(inputs)}], got {list(rest[0].shape)}")
             ran.append(torch.stack(decisions, 1).cpu())
             right = right + int((logits.argmax(1) == rest[0]).sum()) if rest and right is not None else None
         if macs is None:

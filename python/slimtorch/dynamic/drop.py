@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,17 @@ from torch import Tensor, nn
 
 from slimtorch._evaluate import Measure, finite, number_of
 from slimtorch._progress import shown
-from slimtorch.dynamic._blocks import Skipped, check_shapes, choose, left, scaled, splits, steps
+from slimtorch.dynamic._blocks import (
+    Skipped,
+    check_number,
+    check_shapes,
+    check_steps,
+    choose,
+    left,
+    scaled,
+    splits,
+    steps,
+)
 from slimtorch.dynamic._statistics import renew_statistics_, restore_statistics, statistics
 from slimtorch.measure import count_macs, eval_mode
 from slimtorch.report import Table
@@ -41,8 +52,9 @@ class StochasticDepth(nn.Module):
             LayerDrop has it. Can be set later.
 
     Raises:
-        TypeError: `model` is not sequential.
-        ValueError: an unknown name (with the closest ones), a probability or a decay that is none.
+        TypeError: `model` is not sequential, a probability is no number.
+        ValueError: an unknown name (with the closest ones), a probability or a decay that is none; a sequential network
+            with a `forward` or hooks of its own, which would not run here.
     """
 
     def __init__(
@@ -56,6 +68,8 @@ class StochasticDepth(nn.Module):
     ) -> None:
         super().__init__()
         names = choose(model, blocks)
+        check_steps(model)
+        check_number("survival", survival)
         if not 0 < survival <= 1:
             raise ValueError(f"survival: expected a probability in (0, 1], got {survival}")
         if decay not in ("linear", "constant"):
@@ -223,12 +237,18 @@ def _wanted(keep: Any, names: list[str]) -> int | list[str]:
         if not 0 < keep <= 1:
             raise ValueError(f"keep: expected a share in (0, 1], got {keep}")
         return max(1, round(keep * count))
-    given = [keep] if isinstance(keep, str) else list(keep)
-    for name in given:
-        if name not in names:
-            near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.3) or names[:3]
-            raise ValueError(f"keep: {name!r} is no block; closest names: {', '.join(map(repr, near))}")
-    return [name for name in names if name in given]
+    found: set[str] = set()
+    for glob in [keep] if isinstance(keep, str) else keep:
+        if not isinstance(glob, str):
+            raise TypeError(f"keep: expected names of blocks, got {glob!r}")
+        matched = fnmatch.filter(names, glob)
+        if not matched:
+            near = difflib.get_close_matches(glob, names, n=3, cutoff=0.3) or names[:3]
+            raise ValueError(f"keep: {glob!r} is no block; closest names: {', '.join(map(repr, near))}")
+        found.update(matched)
+    if not found:
+        raise ValueError(f"keep: expected at least one block, got {keep!r}")
+    return [name for name in names if name in found]
 
 
 def _search(

@@ -13,7 +13,6 @@ from __future__ import annotations
 import difflib
 import itertools
 import math
-import numbers
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimtorch.distill import self_distillation_loss
+from slimtorch.dynamic._blocks import check_number, check_sequence, hooked
 from slimtorch.dynamic._calibrate import Calibration, calibrate
 from slimtorch.dynamic._walk import State, Walk, check_logits, first_of, rows_of, walk, walk_one
 from slimtorch.dynamic.criteria import Criterion, Entropy
@@ -222,8 +222,8 @@ class EarlyExit(nn.Module):
         if (accuracy is None) == (macs is None):
             raise ValueError("accuracy, macs: expected exactly one of them")
         for name, goal in (("accuracy", accuracy), ("macs", macs)):
-            if isinstance(goal, bool) or not (goal is None or isinstance(goal, numbers.Real)):
-                raise TypeError(f"{name}: expected a number, got {goal!r}")
+            if goal is not None:
+                check_number(name, goal)
         logits: list[list[np.ndarray]] = []
         targets: list[np.ndarray] = []
         cost: list[int] | None = None
@@ -392,12 +392,7 @@ def _run(found: Walk, macs: list[int], seconds: float) -> Run:
 
 def _parts(backbone: object) -> list[tuple[str, nn.Module]]:
     if isinstance(backbone, nn.Sequential):
-        if type(backbone).forward is not nn.Sequential.forward or _hooked(backbone):
-            what = "hooks" if _hooked(backbone) else "a forward"
-            raise ValueError(
-                f"backbone: expected modules that run one after the other, got a {type(backbone).__name__} with {what} "
-                "of its own; give its modules as a sequence of (name, module) if that is what it computes"
-            )
+        check_sequence(backbone, "backbone")
         return _flat("", backbone)
     if isinstance(backbone, nn.Module) or not isinstance(backbone, Sequence):
         raise TypeError(
@@ -419,15 +414,11 @@ def _flat(prefix: str, module: nn.Sequential) -> list[tuple[str, nn.Module]]:
     for name, child in module._modules.items():  # a module that stands there twice runs twice
         if child is None:
             raise ValueError(f"backbone: expected a module at {prefix + name!r}, got None")
-        if type(child) is nn.Sequential and not _hooked(child):
+        if type(child) is nn.Sequential and not hooked(child):
             found += _flat(f"{prefix}{name}.", child)
         else:
             found.append((prefix + name, child))
     return found
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _stage(parts: Sequence[tuple[str, nn.Module]]) -> nn.Sequential:
