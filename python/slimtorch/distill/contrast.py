@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,8 +31,8 @@ class ContrastiveMemory(nn.Module):
     The constants that scores are divided by (`contrastive_loss`) are estimated on the first batch in train mode and
     kept, as in the authors' code.
 
-    With DistributedDataParallel, ``broadcast_buffers=False`` leaves every process its own memory; otherwise that of the
-    first process is used by all.
+    Where torch.distributed runs, every process remembers the samples of all, so all must call it in train mode equally
+    often, as with SyncBatchNorm.
 
     Raises:
         TypeError, ValueError: a number that is out of range or of another kind.
@@ -92,8 +93,9 @@ class ContrastiveMemory(nn.Module):
         loss = self._contrast(0, ours, theirs, self.teacher_memory[others])
         loss = loss + self._contrast(1, theirs, ours, self.student_memory[others])
         if self.training:
-            self._remember(self.student_memory, indices, ours)
-            self._remember(self.teacher_memory, indices, theirs)
+            where, new = _of_all_processes(indices), _of_all_processes(torch.stack([ours, theirs], dim=1).detach())
+            self._remember(self.student_memory, where, new[:, 0])
+            self._remember(self.teacher_memory, where, new[:, 1])
         return loss
 
     def _contrast(self, direction: int, anchors: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
@@ -101,6 +103,8 @@ class ContrastiveMemory(nn.Module):
         if not torch.isfinite(known):
             known = self._estimate(anchors, negatives)
             if self.training:
+                everyone = _of_all_processes(known[None])
+                known = everyone.logsumexp(0) - math.log(len(everyone))
                 self.log_normalizers[direction] = known
         return contrastive_loss(anchors, positives, negatives, samples, self.temperature, log_normalizer=known)
 
@@ -115,6 +119,20 @@ class ContrastiveMemory(nn.Module):
     def _remember(self, memory: Tensor, indices: Tensor, embedding: Tensor) -> None:
         moved = self.momentum * memory[indices] + (1 - self.momentum) * embedding.to(memory.dtype)
         memory[indices] = F.normalize(moved, dim=1)
+
+
+def _of_all_processes(rows: Tensor) -> Tensor:
+    """The rows of all processes, in the order of their ranks; they may differ in number."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return rows
+    count = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, count)
+    lengths = [int(length) for length in counts]
+    padded = torch.cat([rows, rows.new_zeros(max(lengths) - len(rows), *rows.shape[1:])])
+    gathered = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(gathered, padded)
+    return torch.cat([part[:length] for part, length in zip(gathered, lengths, strict=True)])
 
 
 def check_contrast(samples: int, features: int, negatives: int, temperature: float, momentum: float) -> None:

@@ -99,8 +99,8 @@ def decoupled_loss(
     log_student, log_teacher = _log_softmax(student / scale), _log_softmax(teacher / scale)
     target = _kl(_against_rest(log_teacher, right), _against_rest(log_student, right))
     others = ~right
-    others_student = _log_softmax((student / scale)[others].view(len(student), -1))
-    others_teacher = _log_softmax((teacher / scale)[others].view(len(teacher), -1))
+    others_student = _log_softmax((student / scale)[others].view(-1, classes - 1))
+    others_teacher = _log_softmax((teacher / scale)[others].view(-1, classes - 1))
     return scale**2 * _mean(target_weight * target + other_weight * _kl(others_teacher, others_student))
 
 

@@ -218,8 +218,8 @@ class Contrastive(FeatureTerm):
 
     def build(self, student: Tensor, teacher: Tensor) -> nn.Module:
         return ContrastiveMemory(
-            student[0].numel(), teacher[0].numel(), self.samples, features=self.features, negatives=self.negatives,
-            temperature=self.temperature, momentum=self.momentum,
+            student.shape[1:].numel(), teacher.shape[1:].numel(), self.samples, features=self.features,
+            negatives=self.negatives, temperature=self.temperature, momentum=self.momentum,
         )  # fmt: skip
 
 
