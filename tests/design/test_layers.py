@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,6 +105,7 @@ CASES: dict[str, Case] = {
     "ghost, ratio 1": (lambda: GhostConv2d(4, 7, ratio=1), 4, lambda: costs.ghost(4, 7, 1, SIZE, ratio=1)),
 }
 IMAGES = [name for name, case in CASES.items() if case[1]]
+OWN_AND_LOW_RANK = [name for name in CASES if name not in ("linear", "linear, no bias", "conv")]
 OWN = [name for name in IMAGES if name not in ("conv", "channel", "spatial", "tucker", "cp")]
 
 
@@ -205,6 +207,7 @@ def test_separable_same_padding_and_geometry() -> None:
     assert torch.equal(again.eval()(inputs(3, 2)), layer.eval()(inputs(3, 2)))
     assert (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride) == (3, 5, (3, 4), (1, 1))
     assert (layer.padding, layer.dilation, layer.padding_mode, layer.bias) == ("same", (1, 1), "zeros", None)
+    assert not hasattr(layer, "weight")  # with batch norm and ReLU between there is none
     with pytest.raises(ValueError, match="to_dense: with batch norm and ReLU between"):
         layer.to_dense()
     with pytest.raises(ValueError, match="geometry: expected bias, dilation"):
@@ -284,6 +287,83 @@ def test_drop_in(name: str) -> None:
     assert module.double()(x.double()).dtype == torch.float64
 
 
+@pytest.mark.parametrize("name", [name for name in IMAGES if not any(
+    isinstance(m, nn.BatchNorm2d) for m in CASES[name][0]().modules()
+)])  # fmt: skip
+def test_without_a_batch(name: str) -> None:
+    build, channels, _ = CASES[name]
+    module, x = build(), inputs(channels, 2)
+    torch.testing.assert_close(module(x[0]), module(x)[0])
+
+
+def test_fire_without_a_batch_where_both_parts_have_the_same_channels() -> None:
+    fire, x = Fire(4, 2, 3, 3), inputs(4, 2)
+    torch.testing.assert_close(fire(x[0]), fire(x)[0])
+
+
+@pytest.mark.parametrize("name", OWN_AND_LOW_RANK)
+def test_copies_casts_and_pickles(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    build, channels, _ = CASES[name]
+    module = build().eval()
+    x = inputs(channels, 3)
+    expected = module(x).detach()
+    torch.save(module, tmp_path / "whole")
+    assert torch.equal(torch.load(tmp_path / "whole", weights_only=False)(x), expected)
+    torch.save(module.state_dict(), tmp_path / "state")
+    fresh = build().eval()
+    fresh.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    assert torch.equal(fresh(x), expected)
+    assert torch.equal(copy.deepcopy(module)(x), expected)
+    torch.testing.assert_close(module(x.to(memory_format=torch.channels_last) if channels else x), expected)
+    half = copy.deepcopy(module).to(torch.bfloat16)
+    assert half(x.bfloat16()).dtype == torch.bfloat16
+    assert float((half(x.bfloat16()) - expected).detach().norm() / expected.norm()) < 0.05
+    meta = copy.deepcopy(module).to("meta")
+    assert meta(x.to("meta")).shape == expected.shape
+    with torch.inference_mode():
+        assert torch.equal(module(x), expected)
+    given = {key: value.clone() for key, value in module.state_dict().items()}
+    assert torch.equal(torch.func.functional_call(module, given, (x,)), expected)
+    assert module(x[:0]).shape == (0, *expected.shape[1:])
+
+
+@pytest.mark.parametrize("name", ["low-rank linear", "channel", "spatial", "tucker", "cp"])
+def test_low_rank_compiles_and_exports_for_any_batch(name: str) -> None:
+    torch.manual_seed(3)
+    build, channels, _ = CASES[name]
+    module = build().eval()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(module, (inputs(channels, 3),), dynamic_shapes=({0: batch},)).module()
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="eager")
+    for size in (3, 5):
+        x = inputs(channels, size)
+        torch.testing.assert_close(program(x), module(x))
+        torch.testing.assert_close(compiled(x), module(x))
+
+
+def test_neurons_are_removed_around_several_kernels_per_channel() -> None:
+    torch.manual_seed(3)
+    separable = DepthwiseSeparableConv2d(6, 8, 3, multiplier=2)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), separable, nn.Conv2d(8, 4, 1)).eval()
+    slim.prune_(model, slim.prune.Neurons(0.5), example_inputs=inputs(4, 1))
+    layer = model[1]
+    assert isinstance(layer, DepthwiseSeparableConv2d)
+    assert (layer.in_channels, layer.out_channels, layer.depthwise.out_channels) == (3, 4, 6)
+    x = inputs(3, 2)
+    torch.testing.assert_close(layer(x), layer.to_dense()(x))
+
+
+@pytest.mark.parametrize("ratio", [2, 3])
+def test_removing_neurons_around_a_ghost_ends(ratio: int) -> None:
+    """Where a tensor is put beside itself twice over, torch-pruning looks for dependencies forever."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), GhostConv2d(6, 12, 3, ratio=ratio), nn.Conv2d(12, 4, 1)).eval()
+    slim.prune_(model, {"0": slim.prune.Neurons(0.5)}, example_inputs=inputs(4, 1))
+    assert model[0].out_channels == 3
+    assert model(inputs(4, 2)).shape == (2, 4, 5, 3)
+
+
 @pytest.mark.parametrize("name", OWN)
 def test_export(name: str) -> None:
     torch.manual_seed(3)
@@ -324,6 +404,7 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: DepthwiseSeparableConv2d(4, 4, 0), ValueError, "kernel_size: expected at least 1, got 0"),
     (lambda: DepthwiseSeparableConv2d(4, 4, 3, multiplier=0), ValueError, "multiplier: expected at least 1, got 0"),
     (lambda: DepthwiseSeparableConv2d(4, 4, 3, padding=-1), ValueError, "padding: expected at least 0, got -1"),
+    (lambda: DepthwiseSeparableConv2d(4, 4, 2.5), TypeError, r"kernel_size: expected an int or two, got 2\.5"),  # type: ignore[arg-type]
     (lambda: DepthwiseSeparableConv2d(4, 4, (3, 3, 3)), TypeError, "kernel_size: expected an int or two"),  # type: ignore[arg-type]
     (lambda: DepthwiseSeparableConv2d.from_dense(nn.Linear(3, 3)), TypeError, "expected a torch.nn.Conv2d, got Linear"),  # type: ignore[arg-type]
     (lambda: DepthwiseSeparableConv2d.from_dense(nn.Conv2d(4, 4, 3, groups=2)), ValueError, "got groups=2"),

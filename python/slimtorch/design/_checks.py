@@ -23,7 +23,7 @@ def divides(groups: int, channels: int, name: str, of: str) -> None:
 
 def pair(value: int | Sequence[int], name: str, least: int = 1) -> tuple[int, int]:
     """Two ints, of one or two; TypeError or ValueError where they are none or below `least`."""
-    both = (value, value) if isinstance(value, int) else tuple(value)
+    both = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(both) != 2 or any(isinstance(item, bool) or not isinstance(item, int) for item in both):
         raise TypeError(f"{name}: expected an int or two, got {value!r}")
     if min(both) < least:

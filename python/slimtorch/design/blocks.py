@@ -49,7 +49,7 @@ class Fire(nn.Module):
         squeeze: channels between.
         expand1x1, expand3x3: channels of the two convolutions, which are put one after the other.
 
-    Input [N, in_channels, H, W], output [N, expand1x1 + expand3x3, H, W].
+    Input [N, in_channels, H, W] or without N, output [N, expand1x1 + expand3x3, H, W].
     """
 
     def __init__(self, in_channels: int, squeeze: int, expand1x1: int, expand3x3: int) -> None:
@@ -64,7 +64,7 @@ class Fire(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.squeeze(x))
-        return torch.cat([self.relu(self.expand1x1(x)), self.relu(self.expand3x3(x))], 1)
+        return torch.cat([self.relu(self.expand1x1(x)), self.relu(self.expand3x3(x))], -3)
 
 
 class InvertedResidual(nn.Module):

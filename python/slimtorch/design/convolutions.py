@@ -5,8 +5,8 @@
     shuffled groups       channels in groups, then the groups mixed
     Ghost                 a dense one for some of the outputs, the rest made of those, each alone
 
-All take the arguments of `torch.nn.Conv2d` and read their geometry from the layers that they are made of, so that it is
-right after channels were removed. What each costs says :mod:`slimtorch.design.costs`.
+All take the arguments of `torch.nn.Conv2d` (Ghost without `padding_mode`, and `groups` only where channels are
+shuffled). What each costs says :mod:`slimtorch.design.costs`.
 """
 
 from __future__ import annotations
@@ -135,16 +135,14 @@ class DepthwiseSeparableConv2d(nn.Module):
         """The dense convolution that computes the same; ValueError where there is none (`norm`)."""
         if self.between is not None:
             raise ValueError("to_dense: with batch norm and ReLU between, no single convolution computes the same")
-        depthwise, pointwise = self.depthwise, self.pointwise
+        pointwise = self.pointwise
         dense = nn.Conv2d(
             self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
             bias=pointwise.bias is not None, padding_mode=self.padding_mode,
             device=pointwise.weight.device, dtype=pointwise.weight.dtype,
         )  # fmt: skip
         with torch.no_grad():
-            kernels = depthwise.weight.flatten(1).unflatten(0, (self.multiplier, self.in_channels))
-            mix = pointwise.weight.flatten(1).unflatten(1, (self.multiplier, self.in_channels))
-            dense.weight.copy_(torch.einsum("omi,mik->oik", mix, kernels).reshape(dense.weight.shape))
+            dense.weight.copy_(self.weight)
             if pointwise.bias is not None:
                 cast(Tensor, dense.bias).copy_(pointwise.bias)
         return dense.train(self.training)
@@ -216,6 +214,16 @@ class DepthwiseSeparableConv2d(nn.Module):
         return 1
 
     @property
+    def weight(self) -> Tensor:
+        """The dense weight that both make, [out_channels, in_channels, kernel height, kernel width]; AttributeError
+        where there is none (`norm`)."""
+        if self.between is not None:
+            raise AttributeError("weight: with batch norm and ReLU between, no single convolution computes the same")
+        kernels = self.depthwise.weight.flatten(1).unflatten(0, (self.multiplier, self.in_channels))
+        mix = self.pointwise.weight.flatten(1).unflatten(1, (self.multiplier, self.in_channels))
+        return torch.einsum("omi,mik->oik", mix, kernels).unflatten(2, self.kernel_size)
+
+    @property
     def bias(self) -> Tensor | None:
         return self.pointwise.bias
 
@@ -260,7 +268,7 @@ class ShuffledGroupConv2d(nn.Module):
 
     Args: those of `torch.nn.Conv2d`; `groups` divides both numbers of channels.
 
-    Input [N, in_channels, H, W], output [N, out_channels, H', W'] as of `torch.nn.Conv2d`.
+    Input [N, in_channels, H, W] or without N, output as of `torch.nn.Conv2d`.
     """
 
     def __init__(
@@ -289,7 +297,10 @@ class ShuffledGroupConv2d(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
-        return channel_shuffle(self.conv(x), self.conv.groups)
+        y = self.conv(x)
+        if y.dim() == 3:  # without a batch
+            return channel_shuffle(y.unsqueeze(0), self.conv.groups).squeeze(0)
+        return channel_shuffle(y, self.conv.groups)
 
 
 class GhostConv2d(nn.Module):
@@ -304,7 +315,7 @@ class GhostConv2d(nn.Module):
         cheap_kernel: of the depthwise convolution, odd.
         norm: batch norm and ReLU after both, as in the authors' code; both are then without bias.
 
-    Input [N, in_channels, H, W], output [N, out_channels, H', W'] as of `torch.nn.Conv2d`.
+    Input [N, in_channels, H, W] or without N (without `norm`), output as of `torch.nn.Conv2d`.
     """
 
     def __init__(
@@ -357,7 +368,9 @@ class GhostConv2d(nn.Module):
             y = self.norm1(y)
         if self.cheap is None:
             return y
-        ghosts = self.cheap(_copies(y, self.ratio - 1))
+        # not `_copies`, though that is faster: a tensor beside itself, beside itself once more below, and torch-pruning
+        # does not come to an end
+        ghosts = self.cheap(y if self.ratio == 2 else y.tile(self.ratio - 1, 1, 1))
         if self.norm2 is not None:
             ghosts = self.norm2(ghosts)
         # own · ratio may be a few more than asked for: those are cut off, as in the authors' code
