@@ -63,6 +63,7 @@ def test_replaces_what_it_can(model: Net) -> None:
     twin = before.eval()
     twin.stem, twin.body = model.stem.to_dense(), model.body.to_dense()
     assert torch.allclose(y, twin(X), atol=1e-5)
+    assert torch.equal(model.body.weight, twin.body.weight)  # for those who ask a layer for its dtype or device
     by_name = {layer.name: layer for layer in report.layers}
     assert [name for name, layer in by_name.items() if layer.replaced] == ["stem", "body"]
     assert by_name["one"].reason == "its kernel is 1x1"
@@ -110,7 +111,7 @@ def test_energy_chooses_the_kernels() -> None:
 
 def test_moments_are_those_of_the_patches(model: Net) -> None:
     model.body.padding_mode = "reflect"
-    found = moments_of(model, [("stem", model.stem), ("body", model.body)], [(X[:3], 0), (X[3:], 1)])
+    (found,) = moments_of(model, [("stem", model.stem), ("body", model.body)], [(X[:3], 0), (X[3:], 1)])
     rows = F.unfold(X, 3, padding=1).transpose(1, 2).reshape(-1, 9).double()
     assert found["stem"].count == len(rows) == 400
     assert torch.allclose(found["stem"].mean, rows.mean(0))
@@ -177,6 +178,45 @@ def test_inputs_that_are_zero_keep_the_weights() -> None:
     expected = DepthwiseSeparableConv2d.from_dense(layer).to_dense()
     separate_(layer, Separable(rounds=3), objective=None, data=[torch.zeros(2, 2, 5, 5)])
     assert torch.allclose(layer.to_dense().weight, expected.weight, atol=1e-5)  # type: ignore[union-attr, operator]
+
+
+@pytest.mark.parametrize(("spread", "bias"), [(1e-5, True), (0.0, True), (0.0, False)])
+def test_activations_that_hardly_change(spread: float, bias: bool) -> None:
+    """A large mean and a small variance: the second is not lost in rounding of the first."""
+    torch.manual_seed(4)
+    layer = nn.Conv2d(3, 8, 3, bias=bias, dtype=torch.float64)
+    dense = copy.deepcopy(layer)
+    x = 1e3 + spread * torch.randn(4, 3, 6, 6, dtype=torch.float64)
+    report = separate_(layer, Separable(), objective=None, data=[x])
+    goal = dense(x).detach()
+    off = layer(x).detach() - goal
+    if spread:
+        share = off.square().mean((0, 2, 3)).sum() / goal.var((0, 2, 3), correction=0).sum()
+        assert report.layers[0].error == pytest.approx(float(share), rel=1e-3)
+        assert float(share) < 1
+    else:
+        assert report.layers[0].error is None  # outputs that never change have no variance to compare with
+        assert float(off.abs().max()) < 1e-5 * float(goal.abs().max())  # the ridge of the moments
+
+
+@pytest.mark.parametrize("data", [None, [X.expand(-1, 3, -1, -1)]])
+def test_weights_that_are_zero(data: list[Tensor] | None) -> None:
+    layer = nn.Conv2d(3, 8, 3)
+    nn.init.zeros_(layer.weight)
+    bias = layer.bias.detach().clone()  # type: ignore[union-attr]
+    separate_(layer, Separable(2), objective=None, data=data)
+    assert torch.equal(layer(X.expand(-1, 3, -1, -1)), bias[:, None, None].expand(4, 8, 8, 8))
+
+
+def test_moments_are_gathered_and_dropped_by_turns(model: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    together, turns = copy.deepcopy(model), copy.deepcopy(model)
+    separate_(together, objective=None, data=[X])
+    seen = []
+    turns.stem.register_forward_pre_hook(lambda *_: seen.append(1))
+    monkeypatch.setattr("slimtorch.design._moments._TOGETHER", 100)
+    separate_(turns, objective=None, data=iter([X]))
+    assert len(seen) == 2  # once for each of the two layers
+    assert all(torch.equal(a, b) for a, b in zip(together.parameters(), turns.parameters(), strict=True))
 
 
 def test_size_keeps_only_what_is_smaller() -> None:

@@ -18,6 +18,7 @@ from slimtorch.design._checks import pair, positive
 Kind = Literal["channel", "spatial", "tucker", "cp"]
 KINDS: tuple[str, ...] = get_args(Kind)
 Rank = int | tuple[int, int]
+_TINY = 1e-200  # in place of zero: even a small share of it can still be divided by
 
 
 def check_kind(kind: object) -> str:
@@ -44,7 +45,11 @@ def full_rank(shape: Sequence[int], kind: str = "channel") -> Rank:
 
 
 def factors(
-    weight: Tensor, rank: int | Sequence[int], kind: str = "channel", metric: Tensor | None = None
+    weight: Tensor,
+    rank: int | Sequence[int],
+    kind: str = "channel",
+    metric: Tensor | None = None,
+    outputs: Tensor | None = None,
 ) -> list[Tensor]:
     """Weights of the thin layers, in order.
 
@@ -57,6 +62,7 @@ def factors(
             [in · height · width, …]: the mean squared error of the outputs is then least (exactly for linear layers and
             "channel": the outputs' principal components; for the others in the last layer, the rest coming from the
             weight). None: that of the weight.
+        outputs: in place of `metric`, for linear layers and "channel": second moment of the outputs, [out, out].
 
     Raises:
         ValueError: a rank out of range.
@@ -67,7 +73,7 @@ def factors(
     if any(cast(Any, own) > limit for own, limit in pairs):
         raise ValueError(f"rank: expected at most {most} for a weight of {tuple(weight.shape)}, got {given}")
     if weight.dim() == 2 or kind == "channel":
-        return _channel(weight, cast(int, given), metric)
+        return _channel(weight, cast(int, given), metric, outputs)
     if kind == "spatial":
         parts = _spatial(weight, cast(int, given))
     elif kind == "tucker":
@@ -77,14 +83,15 @@ def factors(
     return parts if metric is None else _refit(weight, parts, kind, metric)
 
 
-def spectrum(weight: Tensor, kind: str = "channel", metric: Tensor | None = None) -> list[Tensor]:
+def spectrum(
+    weight: Tensor, kind: str = "channel", metric: Tensor | None = None, outputs: Tensor | None = None
+) -> list[Tensor]:
     """What each further rank adds to the sum of squares, descending, as shares; of "tucker" one for each of its two."""
     if weight.dim() == 2 or kind == "channel":
-        rows = weight.flatten(1)
-        if metric is None:
-            squares = torch.linalg.svdvals(rows).square()
+        if metric is None and outputs is None:
+            squares = torch.linalg.svdvals(weight.flatten(1)).square()
         else:
-            squares = torch.linalg.eigvalsh(rows @ metric @ rows.T).flip(0).clamp_min(0)
+            squares = _components(weight.flatten(1), metric, outputs)[0]
         return [_shares(squares[: cast(int, full_rank(weight.shape, kind))])]
     if kind == "spatial":
         return [_shares(torch.linalg.svdvals(weight.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)).square())]
@@ -94,8 +101,23 @@ def spectrum(weight: Tensor, kind: str = "channel", metric: Tensor | None = None
     return [_shares(torch.linalg.svdvals(side).square()) for side in sides]
 
 
+def tucker_kept(weight: Tensor) -> Tensor:
+    """[first, last]: the share of the sum of squares that at least is kept by each pair of ranks, counted from 0.
+
+    It is that of the weight in the directions of its two sides; `factors` goes on from there.
+    """
+    inner = torch.linalg.svd(weight.transpose(0, 1).flatten(1), full_matrices=False)[0]
+    out = torch.linalg.svd(weight.flatten(1), full_matrices=False)[0]
+    squares = torch.einsum("oihw,ir,os->rshw", weight, inner, out).square().sum((2, 3))
+    kept = squares.cumsum(0).cumsum(1)
+    return kept / kept[-1, -1] if kept[-1, -1] > 0 else torch.ones_like(kept)
+
+
 def _shares(squares: Tensor) -> Tensor:
-    return squares / squares.sum().clamp_min(1e-300)
+    total = squares.sum()
+    if total <= 0:  # the first rank has all that there is
+        return (torch.arange(len(squares), device=squares.device) == 0).to(squares.dtype)
+    return squares / total
 
 
 def composed(parts: Sequence[Tensor], kind: str) -> Tensor:
@@ -111,14 +133,30 @@ def composed(parts: Sequence[Tensor], kind: str) -> Tensor:
     return (last @ inner).reshape(len(last), first.shape[1], down.shape[1], across.shape[1])
 
 
-def _channel(weight: Tensor, rank: int, metric: Tensor | None) -> list[Tensor]:
+def _components(rows: Tensor, metric: Tensor | None, outputs: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Principal components of the outputs: squares, descending, and directions [out, ...].
+
+    Of `outputs`; or of `metric`, in whichever of the two spaces is smaller: a head may have far more outputs than
+    inputs.
+    """
+    if outputs is None and metric is not None:
+        if len(rows) > rows.shape[1]:
+            squares, directions = torch.linalg.eigh(metric)
+            left, values, _ = torch.linalg.svd(rows @ (directions * squares.clamp_min(0).sqrt()), full_matrices=False)
+            return values.square(), left
+        outputs = rows @ metric @ rows.T
+    squares, directions = torch.linalg.eigh(cast(Tensor, outputs))
+    return squares.flip(0).clamp_min(0), directions.flip(1)
+
+
+def _channel(weight: Tensor, rank: int, metric: Tensor | None, outputs: Tensor | None) -> list[Tensor]:
     rows = weight.flatten(1)
-    if metric is None:
+    if metric is None and outputs is None:
         left, values, right = torch.linalg.svd(rows, full_matrices=False)
         root = values[:rank].sqrt()
         first, last = root[:, None] * right[:rank], left[:, :rank] * root
     else:
-        last = torch.linalg.eigh(rows @ metric @ rows.T)[1].flip(1)[:, :rank]
+        last = _components(rows, metric, outputs)[1][:, :rank]
         first, last = _balanced(last.T @ rows, last)
     if weight.dim() == 2:
         return [first, last]
@@ -128,7 +166,7 @@ def _channel(weight: Tensor, rank: int, metric: Tensor | None) -> list[Tensor]:
 def _balanced(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of `first` and columns of `last` of equal norms, so that neither is trained much faster."""
     a, b = first.norm(dim=1), last.norm(dim=0)
-    scale = torch.where((a > 0) & (b > 0), (b / a.clamp_min(1e-300)).sqrt(), torch.ones_like(a))
+    scale = torch.where((a > 0) & (b > 0), (b / a.clamp_min(_TINY)).sqrt(), torch.ones_like(a))
     return first * scale[:, None], last / scale
 
 
@@ -173,7 +211,7 @@ def _cp(weight: Tensor, rank: int, rounds: int = 40) -> list[Tensor]:
                 if i != index:
                     gram = gram * (side.T @ side)
             # A little ridge: without it components grow against one another (Lebedev et al., section 3.3).
-            gram.diagonal().add_(1e-6 * gram.diagonal().mean().clamp_min(1e-300))
+            gram.diagonal().add_(1e-6 * gram.diagonal().mean().clamp_min(_TINY))
             _, b, c, d = sides
             if index == 0:
                 pull = rows @ (b[:, None, None] * c[None, :, None] * d[None, None]).flatten(0, 2)
@@ -187,8 +225,8 @@ def _cp(weight: Tensor, rank: int, rounds: int = 40) -> list[Tensor]:
             else:
                 pull = (left * b[:, None, None] * c[:, None]).sum((0, 1))
             side = torch.linalg.solve(gram, pull.T).T
-            sides[index] = side if index == 3 else side / side.norm(dim=0).clamp_min(1e-300)
-    norms = [side.norm(dim=0).clamp_min(1e-300) for side in sides]
+            sides[index] = side if index == 3 else side / side.norm(dim=0).clamp_min(_TINY)
+    norms = [side.norm(dim=0).clamp_min(_TINY) for side in sides]
     whole = (norms[0] * norms[1] * norms[2] * norms[3]).pow(0.25)  # the same norm in each, to train all alike
     out, c_in, down, across = (side * (whole / norm) for side, norm in zip(sides, norms, strict=True))
     return [c_in.T[:, :, None, None], down.T[:, None, :, None], across.T[:, None, None, :], out[:, :, None, None]]
@@ -208,6 +246,6 @@ def _refit(weight: Tensor, parts: list[Tensor], kind: str, metric: Tensor) -> li
         before = composed([*parts[:-1], identity], kind).flatten(1)
     pulled = before @ metric
     gram = pulled @ before.T
-    gram.diagonal().add_(1e-9 * gram.diagonal().mean().clamp_min(1e-300))
+    gram.diagonal().add_(1e-9 * gram.diagonal().mean().clamp_min(_TINY))
     last = torch.linalg.solve(gram, pulled @ weight.flatten(1).T).T
     return [*parts[:-1], last.reshape(parts[-1].shape)]

@@ -7,7 +7,7 @@ trace((W - W') S (W - W')ᵀ), S the second moment.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,25 +23,43 @@ Dense = nn.Linear | nn.Conv2d
 
 _CHUNK = 2**23  # numbers in the patches that are made at once
 _TOGETHER = 2**26  # numbers in the moments that one pass over the data gathers: half a gigabyte
+_UNFIT = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass
 class Moments:
-    """Of patches p [in_channels · kernel height · width], in the order of a weight's row; float64.
+    """Of patches p [in_channels · kernel height · width], in the order of a weight's row, or of outputs W p; float64.
 
     Attributes:
         mean: E[p].
-        second: E[p pᵀ].
+        covariance: E[(p - E[p]) (p - E[p])ᵀ], gathered without the mean, so that nothing cancels where that is large.
         count: patches seen.
     """
 
     mean: Tensor
-    second: Tensor
+    covariance: Tensor
     count: int = 0
 
     @property
-    def covariance(self) -> Tensor:
-        return self.second - torch.outer(self.mean, self.mean)
+    def second(self) -> Tensor:
+        """E[p pᵀ]."""
+        return torch.addr(self.covariance, self.mean, self.mean)
+
+    def add(self, rows: Tensor) -> None:
+        """More of them, [n, width], float64; `covariance` holds its sum until `finish`."""
+        if not len(rows):
+            return
+        mean = rows.mean(0)
+        rows = rows - mean
+        self.covariance.addmm_(rows.T, rows)
+        step, total = mean - self.mean, self.count + len(rows)
+        self.covariance.addr_(step, step, alpha=self.count * len(rows) / total)
+        self.mean += step * (len(rows) / total)
+        self.count = total
+
+    def finish(self) -> None:
+        """After the last `add`."""
+        self.covariance /= self.count
 
 
 def patches(module: Dense, x: Tensor) -> Tensor:
@@ -58,13 +76,18 @@ def patches(module: Dense, x: Tensor) -> Tensor:
     return F.unfold(x, kernel, dilation, 0, stride).transpose(1, 2).flatten(0, 1)
 
 
-def moments_of(model: nn.Module, layers: Sequence[tuple[str, Dense]], data: Iterable[Any]) -> dict[str, Moments]:
-    """Moments of the inputs of layers by name; a layer that no batch reaches has none.
+def moments_of(
+    model: nn.Module, layers: Sequence[tuple[str, Dense]], data: Iterable[Any], outputs: Collection[str] = ()
+) -> Iterator[dict[str, Moments]]:
+    """Moments of the inputs of layers by name, as many layers at a time as fit into half a gigabyte.
+
+    Each dict has other layers; one that no batch reaches has no moments. Every dict takes a pass over the data.
 
     Args:
         model: run in eval mode, without gradients.
         layers: linear layers of it, and convolutions without groups.
-        data: batches `inputs` or `(inputs, *targets)`; gone through several times where the layers are large.
+        data: batches `inputs` or `(inputs, *targets)`; what can be gone through once is kept where that is not enough.
+        outputs: names of layers of which to gather the moments of the outputs without bias, which are fewer numbers.
 
     Raises:
         TypeError: `data` cannot be iterated.
@@ -72,23 +95,27 @@ def moments_of(model: nn.Module, layers: Sequence[tuple[str, Dense]], data: Iter
     """
     if not isinstance(data, Iterable):
         raise TypeError(f"data: expected an iterable of batches, got {type(data).__name__}")
-    groups = _groups(layers)
+    groups = _groups(layers, outputs)
     if isinstance(data, Iterator) and len(groups) > 1:
         data = list(data)
-    found: dict[str, Moments] = {}
     for group in groups:
-        found |= _one_pass(model, group, data)
-    for name, moments in found.items():
-        if not bool(torch.isfinite(moments.second).all()):
-            raise ValueError(f"data: the inputs of layer {name!r} are not all finite")
-    return found
+        found = _one_pass(model, group, data, outputs)
+        for name, moments in found.items():
+            if not bool(torch.isfinite(moments.covariance).all()):
+                raise ValueError(f"data: the inputs of layer {name!r} are not all finite")
+        yield found
 
 
-def _groups(layers: Sequence[tuple[str, Dense]]) -> list[list[tuple[str, Dense]]]:
+def passes(layers: Sequence[tuple[str, Dense]], outputs: Collection[str] = ()) -> int:
+    """How many dicts `moments_of` gives."""
+    return len(_groups(layers, outputs))
+
+
+def _groups(layers: Sequence[tuple[str, Dense]], outputs: Collection[str]) -> list[list[tuple[str, Dense]]]:
     groups: list[list[tuple[str, Dense]]] = []
     room = 0
     for name, module in layers:
-        size = module.weight[0].numel() ** 2
+        size = (len(module.weight) if name in outputs else module.weight[0].numel()) ** 2
         if not groups or size > room:
             groups.append([])
             room = _TOGETHER
@@ -97,15 +124,20 @@ def _groups(layers: Sequence[tuple[str, Dense]]) -> list[list[tuple[str, Dense]]
     return groups
 
 
-def _one_pass(model: nn.Module, layers: Sequence[tuple[str, Dense]], data: Iterable[Any]) -> dict[str, Moments]:
+def _one_pass(
+    model: nn.Module, layers: Sequence[tuple[str, Dense]], data: Iterable[Any], outputs: Collection[str]
+) -> dict[str, Moments]:
     found: dict[str, Moments] = {}
 
     def watch(name: str, module: Dense) -> torch.utils.hooks.RemovableHandle:
+        weight = module.weight.detach().double().flatten(1) if name in outputs else None
+        width = module.weight[0].numel()
+        size = width if weight is None else len(weight)
+
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
-            width = module.weight[0].numel()
             if name not in found:
-                zeros = torch.zeros(width, width, dtype=torch.float64, device=x.device)
+                zeros = torch.zeros(size, size, dtype=torch.float64, device=x.device)
                 found[name] = Moments(zeros[0].clone(), zeros)
             own = found[name]
             if isinstance(module, nn.Linear):
@@ -116,9 +148,7 @@ def _one_pass(model: nn.Module, layers: Sequence[tuple[str, Dense]], data: Itera
                 per_image = max(1, width * x.shape[2] * x.shape[3])
             for part in x.split(max(1, _CHUNK // per_image)):
                 rows = patches(module, part).double()
-                own.mean += rows.sum(0)
-                own.second += rows.T @ rows
-                own.count += len(rows)
+                own.add(rows if weight is None else rows @ weight.T)
 
         return module.register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -130,7 +160,7 @@ def _one_pass(model: nn.Module, layers: Sequence[tuple[str, Dense]], data: Itera
                 inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
                 try:
                     call(model, usable(inputs))
-                except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                except _UNFIT as error:
                     raise ValueError(f"data: a batch does not fit the model: {error}") from error
                 seen += 1
     finally:
@@ -140,6 +170,5 @@ def _one_pass(model: nn.Module, layers: Sequence[tuple[str, Dense]], data: Itera
         raise ValueError("data: expected at least one batch, got none")
     found = {name: own for name, own in found.items() if own.count}
     for own in found.values():
-        own.mean /= own.count
-        own.second /= own.count
+        own.finish()
     return found

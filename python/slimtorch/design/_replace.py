@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from slimtorch.measure import Latency, count_macs, device_of, eval_mode, interleave, memory_bytes, split_inputs
@@ -219,7 +220,7 @@ def obstacles(model: nn.Module, layers: Sequence[tuple[str, nn.Module]]) -> dict
     """Name -> why a layer cannot be replaced, of those that cannot.
 
     Raises:
-        ValueError: a weight holds NaN or infinity.
+        ValueError: a weight has no values (a lazy layer, the meta device), or holds NaN or infinity.
     """
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
@@ -228,6 +229,8 @@ def obstacles(model: nn.Module, layers: Sequence[tuple[str, nn.Module]]) -> dict
                 owners.setdefault(id(parameter), []).append(name)
     found: dict[str, str] = {}
     for name, module in layers:
+        if is_lazy(cast(Tensor, module._parameters.get("weight"))):
+            raise ValueError(f"model: the weight of layer {name!r} has no shape yet; run the model once")
         if parametrize.is_parametrized(module):
             found[name] = "its weight has a mask or another parametrization; slimtorch.prune.bake_(model) first"
         elif type(module) not in (nn.Linear, nn.Conv2d):
@@ -238,9 +241,19 @@ def obstacles(model: nn.Module, layers: Sequence[tuple[str, nn.Module]]) -> dict
             found[name] = "its weight is computed by a hook"
         else:
             weight = cast(Tensor, module.weight)
-            others = [other for other in owners[id(weight)] if other != name]
-            if others:
-                found[name] = f"its weight is shared with {', '.join(map(repr, others))}"
+            shared = [
+                f"its {kind} is shared with {', '.join(map(repr, others))}"
+                for kind, parameter in module._parameters.items() if parameter is not None
+                if (others := [other for other in owners[id(parameter)] if other != name])
+            ]  # fmt: skip
+            # What hooks of the user's compute with would be gone; a bias that a hook computes is among it.
+            besides = [*(set(module._parameters) - {"weight", "bias"}), *module._buffers, *module._modules]
+            if shared:
+                found[name] = shared[0]
+            elif besides or "bias" not in module._parameters:
+                found[name] = f"it holds {', '.join(sorted(besides)) or 'a bias of its own'} besides weight and bias"
+            elif weight.is_meta:
+                raise ValueError(f"model: the weight of layer {name!r} is on the meta device, expected values")
             elif weight.numel() == 0:
                 found[name] = "its weight is empty"
             elif not weight.is_floating_point():
@@ -361,6 +374,8 @@ def replace_(
     except BaseException:
         for place in places:
             place.show(place.before)
+            # eval_mode gives the flag back to the form that it finds, which may have been the other one
+            place.proposal.module.training = place.training
         raise
     if result.layers and not result.replaced:
         result.notes.append("no layer was replaced: the model is as it was")

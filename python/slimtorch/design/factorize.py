@@ -5,13 +5,14 @@
                                                    └──▶ factors ──▶ proposal ──▶ kept where it is faster or smaller
 
 Under a budget ranks are shared out over layers so that the product of what they keep of the sums of squares is largest
-(Zhang et al., 1505.06798, section 3.3): no layer may starve, as it could where errors are added up.
+(Zhang et al., 1505.06798, rank selection for the whole model): no layer may starve, as it could where errors are added
+up.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,8 +23,8 @@ from slimtorch import _select
 from slimtorch._budget import least_loss
 from slimtorch._progress import shown
 from slimtorch.design._checks import pair, positive
-from slimtorch.design._decompose import Kind, Rank, check_kind, composed, factors, full_rank, spectrum
-from slimtorch.design._moments import Moments, moments_of
+from slimtorch.design._decompose import Kind, Rank, check_kind, composed, factors, full_rank, spectrum, tucker_kept
+from slimtorch.design._moments import Moments, moments_of, passes
 from slimtorch.design._replace import (
     Objective,
     Proposal,
@@ -51,10 +52,12 @@ class LowRank:
     """How layers are factorized. Exactly one of the first six says with which rank.
 
     Attributes:
-        energy: the smallest rank that keeps this share, in (0, 1], of the sum of squares: of the outputs on data for
-            linear layers and "channel", of the weight otherwise.
+        energy: the smallest rank ("tucker": the two that have the fewest weights) that keeps this share, in (0, 1], of
+            the sum of squares: of the outputs on data for linear layers and "channel", of the weight otherwise. A layer
+            of "cp" stays dense where no rank that saves weights keeps it.
         rank: this one, or the full one where that is smaller; two numbers for "tucker".
-        ratio: the largest rank with at most this share, in (0, 1), of each layer's weights.
+        ratio: the largest rank with at most this share, in (0, 1), of each layer's weights; a layer stays dense where
+            even rank 1 has more.
         parameters: a budget for all layers that the configuration is for: a share in (0, 1) of their weights, or a
             whole number of them.
         macs: the same of multiply-accumulates on the example inputs.
@@ -81,7 +84,7 @@ class LowRank:
             if isinstance(value, int):
                 positive(value, "rank")
             else:
-                pair(value, "rank")
+                object.__setattr__(self, "rank", pair(cast(Any, value), "rank"))  # of a list, as JSON has it
             return
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{given[0]}: expected a number, got {value!r}")
@@ -99,13 +102,18 @@ class LowRank:
 
 @dataclass
 class _Subject:
-    """A layer that may be factorized, what is known of it, and the rank it gets (None: it stays dense)."""
+    """A layer that may be factorized, what is known of it, and the rank it gets (None: it stays dense, and why).
+
+    `spectra` are kept while the moments that they are made of come and go.
+    """
 
     name: str
     module: Dense
     config: LowRank
-    moments: Moments | None
+    moments: Moments | None = None
     rank: Rank | None = None
+    reason: str = ""
+    spectra: list[Tensor] | None = None
 
     @property
     def kind(self) -> str:
@@ -116,15 +124,41 @@ class _Subject:
         return self.module.weight.detach().double()
 
     @property
-    def metric(self) -> Tensor | None:
-        """What the squared error of the outputs is measured by: without a bias their mean has to be met too."""
+    def of_outputs(self) -> bool:
+        """Whether its moments are those of its outputs: all that principal components need, and often far fewer."""
+        shape = self.module.weight.shape
+        return self.kind == "channel" and shape[0] <= math.prod(shape[1:])
+
+    @property
+    def metric(self) -> dict[str, Tensor]:
+        """What the squared error of the outputs is measured by, as `factors` and `spectrum` take it.
+
+        Without a bias the mean of the outputs has to be met too. Nothing where nothing but a constant came: the weight
+        alone decides then.
+        """
         if self.moments is None:
-            return None
-        own = self.moments.second if self.module.bias is None else self.moments.covariance
-        scale = float(own.diagonal().mean())
-        if scale <= 0 or not math.isfinite(scale):  # nothing but a constant came: the weight alone decides
-            return None
-        return own + _RIDGE * scale * torch.eye(len(own), dtype=own.dtype, device=own.device)
+            return {}
+        own = self.moments.second if self.module.bias is None else self.moments.covariance.clone()
+        total = float(own.diagonal().sum())
+        if total <= 0:
+            return {}
+        if not self.of_outputs:
+            own.diagonal().add_(_RIDGE * total / len(own))
+            return {"metric": own}
+        rows = self.weight.flatten(1)
+        squares = float(rows.square().sum())
+        return {"outputs": own.addmm_(rows, rows.T, alpha=_RIDGE * total / squares)}
+
+    @property
+    def ranked_on_data(self) -> bool:
+        """Whether its rank depends on what its outputs are."""
+        return self.kind == "channel" and (self.config.energy is not None or self.config.budget is not None)
+
+    def spectrum(self) -> list[Tensor]:
+        """What each further rank keeps; see `spectrum`."""
+        if self.spectra is None:
+            self.spectra = spectrum(self.weight, self.kind, **self.metric)
+        return self.spectra
 
     @property
     def most(self) -> Rank:
@@ -198,8 +232,7 @@ def factorize_(
         if own.rank is not None and isinstance(own.rank, tuple) != two:
             raise ValueError(f"rank: expected {'two numbers' if two else 'one'} for layer {name!r}, got {own.rank!r}")
     open_ = [(name, cast(Dense, module), own) for name, module, own in chosen if name not in reasons]
-    moments = moments_of(model, [(name, module) for name, module, _ in open_], data) if data is not None else {}
-    subjects = [_Subject(name, module, own, moments.get(name)) for name, module, own in open_]
+    subjects = [_Subject(name, module, own) for name, module, own in open_]
     inputs: dict[int, Any] = {}
     device = torch.device("cpu")
     if example_inputs is not None:
@@ -207,6 +240,15 @@ def factorize_(
         device = device_of(model, args, kwargs)
         with eval_mode(model), torch.no_grad():
             inputs = _capture(model, [subject.module for subject in subjects], args, kwargs)
+    # Where the moments of all layers fit into memory, one pass has them; else ranks are found first.
+    together = data is not None and passes(_layers(subjects), _of_outputs(subjects)) <= 1
+    ranked = [subject for subject in subjects if subject.ranked_on_data]
+    if isinstance(data, Iterator) and ranked and not together:
+        data = list(data)
+    for group in _gathered(model, subjects if together else ranked, data, keep=together):
+        for subject in group:
+            if subject.ranked_on_data:
+                subject.spectrum()
     for own in {id(subject.config): subject.config for subject in subjects}.values():
         mine = [subject for subject in subjects if subject.config is own]
         if own.budget is None:
@@ -214,29 +256,75 @@ def factorize_(
                 subject.rank = _alone(subject)
         else:
             _share_out(mine, own, inputs, device)
-    notes = [] if data is None else [f"fitted to the inputs of {len(moments)} layers on the data"]
-    for subject in subjects:
-        if subject.rank is None:
-            reasons[subject.name] = "the budget has room for it as it is"
-    proposals = [_propose(subject) for subject in shown(subjects, "factors") if subject.rank is not None]
+    reasons |= {subject.name: subject.reason for subject in subjects if subject.rank is None}
+    left = [subject for subject in subjects if subject.rank is not None]
+    proposals, fitted = [], 0
+    for group in _gathered(model, left, None if together else data):
+        fitted += sum(subject.moments is not None for subject in group)
+        proposals += [_propose(subject) for subject in shown(group, "factors", len(group))]
+    notes = [] if data is None else [f"fitted to the inputs of {fitted} layers on the data"]
     skipped = {name: (module, reasons[name]) for name, module, _ in chosen if name in reasons}
-    return replace_(
+    report = replace_(
         model, proposals, objective=objective, example_inputs=example_inputs, min_gain=min_gain,
         title="Factorized", skipped=skipped, notes=notes,
     )  # fmt: skip
+    dense = {layer.name for layer in report.layers if not layer.replaced}
+    for subject in left:
+        if subject.config.budget is not None and subject.name in dense:
+            report.notes.append(f"the budget of {subject.config.budget} counted on {subject.name!r}, which stays dense")
+    return report
+
+
+def _layers(subjects: Sequence[_Subject]) -> list[tuple[str, Dense]]:
+    return [(subject.name, subject.module) for subject in subjects]
+
+
+def _of_outputs(subjects: Sequence[_Subject]) -> set[str]:
+    return {subject.name for subject in subjects if subject.of_outputs}
+
+
+def _gathered(
+    model: nn.Module, subjects: Sequence[_Subject], data: Iterable[Any] | None, keep: bool = False
+) -> Iterator[Sequence[_Subject]]:
+    """All of the subjects, in groups, each with its moments on the data while it is looked at, or from then on."""
+    if data is None or not subjects:
+        yield subjects
+        return
+    waiting = {subject.name: subject for subject in subjects}
+    for found in moments_of(model, _layers(subjects), data, _of_outputs(subjects)):
+        group = [waiting.pop(name) for name in found]
+        for subject in group:
+            subject.moments = found[subject.name]
+        found.clear()
+        yield group
+        for subject in group:
+            subject.moments = subject.moments if keep else None
+    yield list(waiting.values())  # those that the data never reach
 
 
 def _propose(subject: _Subject) -> Proposal:
     module, rank = subject.module, cast(Rank, subject.rank)
     weight, metric, kind = subject.weight, subject.metric, subject.kind
-    parts = factors(weight, rank, kind, metric)
+    rows = weight.flatten(1)
+    parts = factors(weight, rank, kind, **metric)
     made = parts[1] @ parts[0] if weight.dim() == 2 else composed(parts, kind)
     change = (weight - made).flatten(1)
-    bias, error = None, _relative(change, weight.flatten(1), None)
-    if subject.moments is not None and metric is not None:
-        error = _relative(change, weight.flatten(1), metric)
+    bias, error = None, _relative(change, rows, None)
+    if subject.moments is not None:
+        mean = subject.moments.mean
+        if subject.of_outputs:  # the change of an output is what lies outside of the directions that were kept
+            kept = parts[1].flatten(1)
+            kept = kept / kept.norm(dim=0).clamp_min(1e-200)
+            lost = mean - kept @ (kept.T @ mean)
+            if metric:
+                outputs = metric["outputs"]
+                error = _share(float(outputs.trace() - ((outputs @ kept) * kept).sum()), float(outputs.trace()))
+        else:
+            lost = change @ mean
+            if metric:
+                error = _relative(change, rows, metric["metric"])
         if module.bias is not None:
-            bias = module.bias.detach().double() + change @ subject.moments.mean
+            bias = module.bias.detach().double() + lost
     replacement: nn.Module
     if isinstance(module, nn.Linear):
         replacement = LowRankLinear.of_factors(module, parts, bias)
@@ -256,28 +344,52 @@ def _relative(change: Tensor, weight: Tensor, metric: Tensor | None) -> float:
     def squares(rows: Tensor) -> float:
         return float(rows.square().sum() if metric is None else ((rows @ metric) * rows).sum())
 
-    return max(0.0, squares(change)) / max(squares(weight), 1e-300)
+    return _share(squares(change), squares(weight))
+
+
+def _share(part: float, whole: float) -> float:
+    return max(0.0, part) / whole if whole > 0 else 0.0
 
 
 # --- the rank of a layer by itself ------------------------------------------------------------------------------------
 
 
-def _alone(subject: _Subject) -> Rank:
-    """By energy, as given, or by the share of weights."""
+def _alone(subject: _Subject) -> Rank | None:
+    """By energy, as given, or by the share of weights; None, and the reason, where there is none."""
     config, most = subject.config, subject.most
     if config.rank is not None:
         if isinstance(most, tuple):
             given = cast("tuple[int, int]", config.rank)
             return min(given[0], most[0]), min(given[1], most[1])
         return min(cast(int, config.rank), most)
+    dense = subject.module.weight.numel()
     if config.ratio is not None:
-        return _largest(subject, config.ratio * subject.module.weight.numel())
+        found = _largest(subject, config.ratio * dense)
+        if _weights(subject, found) <= config.ratio * dense:
+            return found
+        subject.reason = f"even rank 1 has more than {config.ratio:g} of its weights"
+        return None
     energy = cast(float, config.energy)
     if subject.kind == "cp":
-        most = _largest(subject, subject.module.weight.numel() - 1)  # more would be no gain, and takes long to find
-        return _least(cast(int, most), lambda rank: 1 - _error(subject, rank) >= energy - 1e-9)
-    found = [_enough(shares, energy) for shares in spectrum(subject.weight, subject.kind, subject.metric)]
-    return (found[0], found[1]) if len(found) == 2 else found[0]
+        limit = cast(int, _largest(subject, dense - 1))  # more would be no gain, and takes long to find
+        least = _least(limit, lambda rank: 1 - _error(subject, rank) >= energy - 1e-9)
+        if least < limit or 1 - _error(subject, least) >= energy - 1e-9:
+            return least
+        subject.reason = f"no rank that saves weights keeps {energy:g} of the sum of squares"
+        return None
+    if isinstance(most, tuple):
+        return _cheapest(subject.weight, energy)
+    return _enough(subject.spectrum()[0], energy)
+
+
+def _cheapest(weight: Tensor, energy: float) -> tuple[int, int]:
+    """Of the two ranks of "tucker" that keep so much, those with the fewest weights."""
+    out, c_in, height, width = weight.shape
+    kept = tucker_kept(weight)
+    first, last = (torch.arange(1, n + 1, device=weight.device) for n in kept.shape)
+    weights = c_in * first[:, None] + height * width * first[:, None] * last + out * last
+    least = int(torch.where(kept >= energy - 1e-12, weights, weights.max() + 1).argmin())
+    return least // len(last) + 1, least % len(last) + 1
 
 
 def _enough(shares: Tensor, energy: float) -> int:
@@ -331,9 +443,11 @@ def _share_out(subjects: Sequence[_Subject], config: LowRank, inputs: Mapping[in
     budget = cast(str, config.budget)
     names, costs, losses, ranks = [], [], [], []
     for subject in shown(subjects, f"ranks by {budget}"):
-        given = inputs.get(id(subject.module), [])
+        given = [(x, calls) for x, calls in inputs.get(id(subject.module), []) if x.numel()]
+        subject.reason = "the budget has room for it as it is"
         if budget != "parameters" and not given:
-            continue  # the inputs never reach it: it costs nothing there
+            subject.reason = "the example inputs never reach it"  # it costs nothing there
+            continue
         options = _options(subject)
         cost = _costs(subject, options, budget, given, device)
         names.append(subject)
@@ -399,7 +513,7 @@ def _losses(subject: _Subject, options: Sequence[Rank]) -> list[float]:
     """Minus the logarithm of what each rank keeps of the sum of squares: their product over layers is to be largest."""
     if subject.kind == "cp":
         return [-math.log(max(1e-12, 1 - _error(subject, rank))) for rank in options]
-    kept = [shares.cumsum(0) for shares in spectrum(subject.weight, subject.kind, subject.metric)]
+    kept = [shares.cumsum(0) for shares in subject.spectrum()]
 
     def loss(rank: Rank) -> float:  # of "tucker" the product of both
         each = rank if isinstance(rank, tuple) else (rank,)

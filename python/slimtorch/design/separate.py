@@ -11,7 +11,6 @@ low-rank convolutions (1505.06798).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -123,10 +122,13 @@ def separate_(
         elif name not in reasons and own.kernel_size[0] * own.kernel_size[1] == 1:
             reasons[name] = "its kernel is 1x1"
     open_ = [(name, cast(nn.Conv2d, module), c) for name, module, c in chosen if name not in reasons]
-    fitted = [(name, module) for name, module, own in open_ if own.rounds]
-    moments = moments_of(model, fitted, data) if data is not None and fitted else {}
-    notes = [] if data is None else [f"fitted to {len(moments)} layers' inputs on the data; error: of the outputs"]
-    proposals = [_propose(name, module, own, moments.get(name)) for name, module, own in open_]
+    fitted = {name: (module, own) for name, module, own in open_ if own.rounds}
+    made: dict[str, Proposal] = {}
+    if data is not None and fitted:
+        for found in moments_of(model, [(name, module) for name, (module, _) in fitted.items()], data):
+            made |= {name: _propose(name, *fitted[name], moments) for name, moments in found.items()}
+    notes = [] if data is None else [f"fitted to {len(made)} layers' inputs on the data; error: of the outputs"]
+    proposals = [made.get(name) or _propose(name, module, own, None) for name, module, own in open_]
     skipped = {name: (module, reasons[name]) for name, module, _ in chosen if name in reasons}
     return replace_(
         model, proposals, objective=objective, example_inputs=example_inputs, min_gain=min_gain,
@@ -137,6 +139,7 @@ def separate_(
 def _propose(name: str, module: nn.Conv2d, config: Separable, moments: Moments | None) -> Proposal:
     weight = module.weight.detach().double()
     multiplier = _multiplier(weight, config)
+    error: float | None
     kernels, mix = separated(weight, multiplier)
     bias = None
     if moments is None:
@@ -150,7 +153,8 @@ def _propose(name: str, module: nn.Conv2d, config: Separable, moments: Moments |
             bias = module.bias.detach().double() + change @ moments.mean
         rows = weight.flatten(1)
         variance = float(((rows @ moments.covariance) * rows).sum())
-        error = float(((change @ metric) * change).sum()) / max(variance, 1e-300)
+        # outputs that never change have none to compare with
+        error = float(((change @ metric) * change).sum()) / variance if variance > 0 else None
     replacement = DepthwiseSeparableConv2d.of_factors(module, kernels, mix, bias)
     kind = "depthwise + 1x1" if multiplier == 1 else f"{multiplier} x depthwise + 1x1"
     return Proposal(name, module, replacement, kind, error)
@@ -183,12 +187,13 @@ def fit(weight: Tensor, kernels: Tensor, mix: Tensor, metric: Tensor, rounds: in
     c_in, multiplier, taps = kernels.shape
     rows = weight.flatten(1)
     scale = float(metric.diagonal().mean())
-    if scale == 0 or not math.isfinite(scale):  # nothing but zeros came: the weight's own factors are as good
+    if scale <= 0:  # nothing but a constant came: the weight's own factors are as good
         metric, scale = torch.eye(len(metric), dtype=metric.dtype, device=metric.device), 1.0
     metric = metric + _RIDGE * scale * torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
     goal = rows @ metric  # [out, in · taps]
     kernels, mix = kernels.clone(), mix.clone()
     small = torch.eye(multiplier, dtype=weight.dtype, device=weight.device)
+    tiny = 1e-200  # in place of zero: even a small share of it can still be divided by
     for _ in range(rounds):
         # Mix: rows of D are the kernels in the places of their channel; mix = W S Dᵀ (D S Dᵀ)⁻¹.
         d = weight.new_zeros(c_in, multiplier, c_in, taps)
@@ -197,7 +202,7 @@ def fit(weight: Tensor, kernels: Tensor, mix: Tensor, metric: Tensor, rounds: in
         d = d.reshape(c_in * multiplier, c_in * taps)
         ds = d @ metric
         gram = ds @ d.T
-        gram.diagonal().add_(1e-10 * gram.diagonal().mean().clamp_min(1e-300))  # kernels that are zero
+        gram.diagonal().add_(1e-10 * gram.diagonal().mean().clamp_min(tiny))  # kernels that are zero
         mix = torch.linalg.solve(gram, (goal @ d.T).T).T.reshape(mix.shape).contiguous()
         # Kernels of channel i, the others fixed: (PᵢᵀPᵢ) dᵢ Sᵢᵢ = Pᵢᵀ (W - P D without i) S
         left = rows - mix.flatten(1) @ d
@@ -205,7 +210,7 @@ def fit(weight: Tensor, kernels: Tensor, mix: Tensor, metric: Tensor, rounds: in
             here = slice(i * taps, (i + 1) * taps)
             p = mix[:, i]  # [out, multiplier]
             square = p.T @ p
-            square = square + 1e-10 * square.diagonal().mean().clamp_min(1e-300) * small
+            square = square + 1e-10 * square.diagonal().mean().clamp_min(tiny) * small
             pull = p.T @ left @ metric[:, here]
             step = torch.linalg.solve(metric[here, here], torch.linalg.solve(square, pull).T).T
             kernels[i] += step
