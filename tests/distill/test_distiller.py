@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -42,6 +43,40 @@ def test_projection_adapts_the_size() -> None:
     weight = distiller.heads[0].projection.weight
     shown = F.interpolate(F.conv2d(student[:4](x), weight), scale_factor=4)
     torch.testing.assert_close(distiller(x, y)[0], F.mse_loss(shown, teacher[0](x)))
+
+
+class Tokens(nn.Module):
+    """[batch, tokens, width], then their mean to logits."""
+
+    def __init__(self, width: int, tokens: int = 3) -> None:
+        super().__init__()
+        self.tokens = nn.Sequential(nn.Linear(4, tokens * width), nn.Unflatten(1, (tokens, width)))
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.tokens(x).mean(1))
+
+
+def test_projection_of_tokens() -> None:
+    torch.manual_seed(0)
+    student, teacher, x = Tokens(2), Tokens(7), torch.randn(6, 4)
+    distiller = Distiller(student, teacher, distill.Hint("tokens", "tokens"), hard_loss=None, example_inputs=x)
+    shown = student.tokens(x) @ distiller.heads[0].projection.weight.t()
+    torch.testing.assert_close(distiller(x)[0], F.mse_loss(shown, teacher.tokens(x)))
+    with pytest.raises(ValueError, match="expected sequences of one length, got 3 and 4"):
+        Distiller(student, Tokens(7, 4), distill.Hint("tokens", "tokens"), example_inputs=x)
+
+
+def test_projection_where_shapes_are_the_same() -> None:
+    """None unless it is asked for, as FitNets does."""
+    student, teacher, x, _ = pair()
+    term = distill.Hint("6", "6")
+    plain = Distiller(student, teacher, term, hard_loss=None, example_inputs=x)
+    torch.testing.assert_close(plain(x)[0], F.mse_loss(student(x), teacher(x)))
+    assert not list(plain.heads.parameters())
+    asked = Distiller(student, teacher, replace(term, project=True), hard_loss=None, example_inputs=x)
+    shown = student(x) @ asked.heads[0].projection.weight.t()
+    torch.testing.assert_close(asked(x)[0], F.mse_loss(shown, teacher(x)))
 
 
 def test_loss_is_the_sum_of_its_terms() -> None:
@@ -132,10 +167,31 @@ def test_second_teacher_is_tapped() -> None:
     torch.testing.assert_close(distiller(x, y)[0], F.mse_loss(student[:4](x), other[:4](x)))
 
 
-def test_known_logits_replace_the_teacher() -> None:
+def test_known_logits_replace_the_teacher(tmp_path: Path) -> None:
     student, teacher, x, y = pair()
-    known = Distiller(student, None, distill.SoftTargets())(x, y, teacher_logits=teacher(x).detach())[0]
-    torch.testing.assert_close(known, Distiller(student, teacher, distill.SoftTargets())(x, y)[0])
+    cache = distill.TeacherCache.fill(tmp_path, teacher, x.split(2), len(x))
+    shuffled = torch.tensor([4, 0, 3, 5])
+    known = Distiller(student, None, distill.SoftTargets())
+    told = Distiller(student, teacher, distill.SoftTargets())
+    loss = known(x[shuffled], y[shuffled], teacher_logits=cache[shuffled])[0]
+    torch.testing.assert_close(loss, told(x[shuffled], y[shuffled])[0])
+    assert abs(float((loss - known(x[shuffled], y[shuffled], teacher_logits=cache[:4])[0]).detach())) > 1e-4
+
+
+def test_known_logits_spare_the_teachers_that_nothing_taps() -> None:
+    student, teacher, x, y = pair()
+    runs: list[str] = []
+    other = convolutional(2)
+    teacher.register_forward_hook(lambda *_: runs.append("first"))
+    other.register_forward_hook(lambda *_: runs.append("second"))
+    terms = [distill.SoftTargets(), distill.Hint("3", "3", member=1)]
+    distiller = Distiller(student, [teacher, other], terms, hard_loss=None, example_inputs=x)
+    runs.clear()
+    logits = torch.randn(6, 5)
+    loss = distiller(x, y, teacher_logits=logits)[0]
+    assert runs == ["second"]
+    expected = distill.soft_target_loss(student(x), logits, 4.0) + F.mse_loss(student[:4](x), other[:4](x))
+    torch.testing.assert_close(loss, expected)
 
 
 class Exits(nn.Module):

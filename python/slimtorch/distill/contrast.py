@@ -82,7 +82,7 @@ class ContrastiveMemory(nn.Module):
             raise ValueError(
                 f"indices: expected numbers from 0 to {samples - 1}, got {int(indices.min())} to {int(indices.max())}"
             )
-        indices = indices.long()  # uint8 would be a mask
+        indices = indices.to(self.student_memory.device, torch.long)  # uint8 would be a mask
         width = self.student_embedding.weight.dtype
         (ours,) = _wide(self.student_embedding(student.flatten(1).to(width)))
         (theirs,) = _wide(self.teacher_embedding(teacher.flatten(1).to(width)))
