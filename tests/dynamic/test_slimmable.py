@@ -330,7 +330,7 @@ def test_the_loss_and_its_gradients(dense: Any) -> None:
     scaled = copy.deepcopy(dense)
     scaled.zero_grad()
     seen: list[float] = []
-    hard = sandwich_step(scaled, x, labels, distill=False, backward=lambda loss: seen.append(float(loss)))
+    hard = sandwich_step(scaled, x, labels, distill=False, backward=lambda loss: seen.append(float(loss.detach())))
     assert scaled.fc1.weight.grad is None
     assert seen == [float(value) for value in hard.values()]
     torch.testing.assert_close(hard[0.25], F.cross_entropy(plain[0.25](x), labels).detach())
@@ -575,3 +575,156 @@ def test_a_transposed_flattening_is_refused() -> None:
     with at_width(model, 0.5):
         assert isinstance(model.conv, nn.Conv2d)
         torch.testing.assert_close(export(model)(x), model(x))
+
+
+def test_a_cumulative_average_goes_on() -> None:
+    """Without a momentum a batch norm weighs by how many batches it has seen; those before count too."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8, momentum=None), nn.ReLU(), nn.Linear(8, 2))
+    x = torch.randn(16, 4)
+    for shift in range(3):
+        model(x + shift)
+    twin: Any = copy.deepcopy(model)
+    slimmable_(model, (0.5, 1.0), example_inputs=x)
+    model.train()
+    model(x + 5)
+    twin(x + 5)
+    whole: Any = export(model, 1.0)
+    torch.testing.assert_close(whole[1].running_mean, twin[1].running_mean)
+    torch.testing.assert_close(whole[1].running_var, twin[1].running_var)
+    assert int(whole[1].num_batches_tracked) == int(twin[1].num_batches_tracked) == 4
+    with at_width(model, 0.5):
+        model(x + 5)
+    narrow: Any = export(model, 0.5)
+    torch.testing.assert_close(narrow[1].running_mean, twin[1].running_mean[:4])
+
+
+def test_torch_export_of_any_width(dense: Any) -> None:
+    """A universal network at a width that has its statistics from `recalibrate_`, and at one that has none."""
+    x = images(12)
+    slimmable_(dense, (0.25, 1.0), example_inputs=x, universal=True)
+    recalibrate_(dense, [x], [0.6])
+    fresh = Net().eval()
+    slimmable_(fresh, (0.25, 1.0), example_inputs=x, universal=True)
+    fresh.load_state_dict(dense.state_dict())
+    for model in (dense, fresh):
+        set_width(model, 0.6)
+        program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
+        for count in (12, 3):
+            torch.testing.assert_close(program.module()(x[:count]), model(x[:count]))
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x), model(x))
+        set_width(model, 0.7)
+        with pytest.raises(ValueError, match=r"no statistics for 0\.7"):
+            torch.export.export(model, (x,))
+
+
+def test_export_of_each_dtype() -> None:
+    """The plain network of a width has the very numbers of the slimmable one, whatever their type."""
+    torch.manual_seed(0)
+    networks: list[tuple[nn.Module, Tensor]] = [
+        (LeNet300(), torch.randn(4, 1, 28, 28)),
+        (LeNet5(), torch.randn(4, 1, 28, 28)),
+        (resnet18(10, 1, 8), torch.randn(4, 1, 32, 32)),
+    ]
+    for model, x in networks:
+        slimmable_(model.eval(), WIDTHS, example_inputs=x)
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            model.to(dtype)
+            for width in WIDTHS:
+                set_width(model, width)
+                torch.testing.assert_close(export(model)(x.to(dtype)), model(x.to(dtype)))
+
+
+def test_modules_used_twice_and_parameters_shared() -> None:
+    class Twice(nn.Module):
+        def __init__(self, tied: bool) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 8)
+            self.inner = nn.Linear(8, 8)
+            self.other = nn.Linear(8, 8) if tied else self.inner
+            self.other.weight = self.inner.weight
+            self.last = nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.other(torch.relu(self.inner(torch.relu(self.first(x))))))
+
+    torch.manual_seed(0)
+    x = torch.randn(3, 4)
+    model = Twice(tied=False)
+    weight, expected = model.inner.weight, model(x)
+    slimmable_(model, (0.5, 1.0), example_inputs=x)
+    assert model.inner is model.other
+    assert model.inner.weight is weight
+    torch.testing.assert_close(model(x), expected)
+    set_width(model, 0.5)
+    narrow: Any = export(model)
+    assert narrow.inner is narrow.other
+    torch.testing.assert_close(narrow(x), model(x))
+    h = torch.relu(F.linear(x, model.first.weight[:4], model.first.bias[:4]))
+    for end in (torch.relu, torch.Tensor.clone):
+        h = end(F.linear(h, weight[:4, :4], model.inner.bias[:4]))
+    torch.testing.assert_close(model(x), F.linear(h, model.last.weight[:, :4], model.last.bias))
+    with pytest.raises(ValueError, match="a parameter of 'inner' is shared between layers"):
+        slimmable_(Twice(tied=True), (0.5, 1.0), example_inputs=x)
+
+
+def test_norms_over_channels_keep_them_whole() -> None:
+    x = torch.randn(3, 4)
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+    report = slimmable_(model, example_inputs=x)
+    assert list(report.layers) == ["3"]
+    assert any("'0': all neurons kept" in note and "LayerNorm" in note for note in report.notes)
+    with at_width(model, 0.25):
+        torch.testing.assert_close(export(model)(x), model(x))
+
+
+def test_gradients_of_several_batches_add_up_and_momentum_goes_on() -> None:
+    """As one step of the sums; what is outside of a width has a gradient of zero from it, not none."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    x, labels = torch.randn(8, 4), torch.arange(8) % 2
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)  # made before: the parameters stay the same
+    slimmable_(model, (0.5, 1.0), example_inputs=x)
+    twin = copy.deepcopy(model)
+    other = torch.optim.SGD(twin.parameters(), 0.1, momentum=0.9)
+    for _ in range(3):
+        for half in (slice(0, 4), slice(4, 8)):
+            sandwich_step(model, x[half], labels[half], backward=lambda loss: (loss / 2).backward())
+        sandwich_step(twin, x, labels)
+        for one, two in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, two.grad)
+        for each in (optimizer, other):
+            each.step()
+            each.zero_grad()
+    with at_width(twin, 0.5):
+        twin(x).sum().backward()
+    first: Any = twin[0]
+    assert first.weight.grad[4:].eq(0).all()
+    assert first.weight.grad[:4].ne(0).any()
+
+
+def test_other_parametrizations_and_wrong_inputs(dense: Any) -> None:
+    x = torch.randn(2, 4)
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 8)), nn.ReLU(), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match="layer '0' has masks or other parametrizations"):
+        slimmable_(normed, example_inputs=x)
+    slimmable_(dense, example_inputs=images())
+    for width in (0.0, -0.5, 1.5, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"width: expected one of 0\.25, 0\.5, 0\.75, 1, got"):
+            set_width(dense, width)
+    assert width_of(dense) == 1
+
+
+def test_saved_with_all_its_widths(dense: Any, tmp_path: Path) -> None:
+    x = images()
+    model = Slimmable(dense, example_inputs=x)
+    torch.save(model, buffer := io.BytesIO())
+    buffer.seek(0)
+    slim.save(model, tmp_path / "model.slim")
+    loaded = slim.load(tmp_path / "model.slim", Slimmable(Net().eval(), example_inputs=x))
+    for other in (torch.load(buffer, weights_only=False), loaded):
+        for width in WIDTHS:
+            model.set_width(width)
+            other.set_width(width)
+            assert torch.equal(other(x), model(x))

@@ -363,6 +363,7 @@ class _BatchNorm(SlimmableLayer):
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
     other_width: Tensor
+    _other = 0  # `other_width` as it was last read
 
     def __init__(
         self,
@@ -402,9 +403,10 @@ class _BatchNorm(SlimmableLayer):
             some.device, some.dtype, **options,
         )  # fmt: skip
         with torch.no_grad():
-            for name in ("weight", "bias", "running_mean", "running_var"):
+            # the number of batches too: without a momentum it says what the statistics weigh
+            for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
                 own, other = getattr(made, name), getattr(module, name)
-                if own is not None:
+                if own is not None and other is not None:
                     own.copy_(other.expand_as(own))
                     own.requires_grad_(other.requires_grad)
         return made.train(module.training)
@@ -440,9 +442,17 @@ class _BatchNorm(SlimmableLayer):
                 offset += stop - start
         return y
 
+    def set_width(self, width: float) -> None:
+        super().set_width(width)
+        self._tracks()
+
     def _tracks(self) -> bool:
         """Whether the present width has a row of statistics: its own, or the one for another width."""
-        return self.width in self.widths or int(self.other_width) == _key(self.width)
+        if self.width in self.widths:
+            return True
+        if not torch.compiler.is_compiling():  # a tracer sees a tensor without a value there
+            self._other = int(self.other_width)
+        return self._other == _key(self.width)
 
     def _affine(self) -> tuple[Tensor | None, Tensor | None]:
         if self.weight is None or self.bias is None:
