@@ -79,20 +79,31 @@ def test_is_an_early_exit() -> None:
 
 
 def test_segments_export() -> None:
-    model = small(exits=2, bottleneck=(None, None, None)).eval()
+    """One graph each, for any number of samples."""
+    model = small(bottleneck=(None, None, None)).eval()
     state: Any = torch.randn(3, 1, 28, 28)
+    rows = torch.export.Dim("rows", min=1, max=64)
     programs = []
     for segment in model.segments():
-        programs.append(torch.export.export(segment, (state,)).module())
+        shapes = {0: rows} if isinstance(state, Tensor) else tuple({0: rows} for _ in state)
+        programs.append(torch.export.export(segment, (state,), dynamic_shapes=(shapes,)).module())
         result = segment(state)
         state = result[0] if isinstance(result, tuple) else result
-    x = torch.randn(3, 1, 28, 28)
-    model.criterion.cuts.fill_(math.inf)  # the batch stays as it was exported
+    x = torch.randn(9, 1, 28, 28)
     with torch.no_grad():
-        torch.testing.assert_close(model.with_segments(programs)(x), model(x))
+        surest = model.all_exits(x)[0].softmax(1).max(1).values.sort().values
+        model.criterion.cuts[0] = float(torch.logit(surest[3:5].double().mean()))
+        assert sorted(set(model.run(x).exits.tolist())) == [0, 2]
+        for count in (9, 1):
+            torch.testing.assert_close(model.with_segments(programs)(x[:count]), model(x[:count]))
 
 
 def test_bad_sizes() -> None:
+    for name in ("exits", "base", "step", "width", "growth", "head", "stride"):
+        with pytest.raises(TypeError, match=rf"{name}: expected an int, got 2\.5"):
+            small(**{name: 2.5})
+    with pytest.raises(ValueError, match="width, head, stride: expected at least 1, got 0, 8 and 1"):
+        small(width=0)
     for options, message in [
         ({"exits": 1}, "exits, base, step: expected at least 2, 1 and 1, got 1, 1 and 1"),
         ({"bottleneck": (1,)}, "bottleneck: expected one for each of 3 scales"),

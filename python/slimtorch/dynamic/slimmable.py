@@ -389,8 +389,7 @@ def export(model: nn.Module, width: float | None = None) -> nn.Module:
 
     It packs, exports and saves like any other, and its ``state_dict`` is that of the narrow network of the same class.
     Its weights are those of the model at this width to the bit, its answers to within rounding: a kernel may add in
-    another order where a matrix lies in memory of its own. Parameters that layers share are not shared in the copy;
-    layers that stand in several places are.
+    another order where a matrix lies in memory of its own.
 
     Args:
         width: None: the present one.

@@ -143,7 +143,17 @@ def msdnet(
         criterion: None: `MaxProbability(0.9)`, as in the paper's budgeted batches.
 
     The defaults are a network for CIFAR. Exits are at "block0" …; the last one is the end of the network.
+
+    Raises:
+        TypeError: a size that is no int.
+        ValueError: a size that is too small, or not one bottleneck for each scale.
     """
+    sizes = {"exits": exits, "base": base, "step": step, "width": width, "growth": growth, "head": head}
+    for name, size in {"classes": classes, "channels": channels, **sizes, "stride": stride}.items():
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name}: expected an int, got {size!r}")
+    if min(width, head, stride) < 1:
+        raise ValueError(f"width, head, stride: expected at least 1, got {width}, {head} and {stride}")
     if exits < 2 or base < 1 or step < 1:
         raise ValueError(f"exits, base, step: expected at least 2, 1 and 1, got {exits}, {base} and {step}")
     if not factors or len(bottleneck) != len(factors):
