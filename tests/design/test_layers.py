@@ -5,6 +5,8 @@ costs against counted ones."""
 from __future__ import annotations
 
 import copy
+import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import slimtorch as slim
 from slimtorch.design import (
@@ -123,13 +126,76 @@ def test_formulas_equal_what_is_counted(name: str) -> None:
     assert 3 * formula().macs == count_macs(module, inputs(channels, 3))[1]
 
 
+def drawn(seed: int) -> tuple[str, Callable[[], nn.Module], int, Callable[[], Cost], tuple[int, int]]:
+    """A layer of some kind and sizes, which it may refuse, its input channels, its formula and the size of an image."""
+    draw = random.Random(seed)
+
+    def upto(most: int) -> int:
+        return draw.randint(1, most)
+
+    c_in, out, kernel, size = upto(9), upto(9), (upto(3), upto(3)), (3 + upto(6), 3 + upto(6))
+    more = {
+        "stride": (upto(3), upto(2)), "padding": (draw.randint(0, 2), draw.randint(0, 2)),
+        "dilation": (upto(2), upto(2)), "bias": draw.random() < 0.5,
+    }  # fmt: skip
+    kind = draw.choice(["separable", "low rank", "shuffled", "fire", "inverted", "unit", "ghost"])
+    own: dict[str, Any]
+    if kind == "separable":
+        own = {"multiplier": upto(3), "norm": draw.random() < 0.5, **more}
+        layer, cost, sizes = DepthwiseSeparableConv2d, costs.depthwise_separable, (c_in, out, kernel)
+    elif kind == "low rank":
+        how = draw.choice(["channel", "spatial", "tucker", "cp"])
+        own = {"rank": (upto(5), upto(5)) if how == "tucker" else upto(5), "kind": how, **more}
+        layer, cost, sizes = LowRankConv2d, costs.low_rank_conv2d, (c_in, out, kernel)
+    elif kind == "shuffled":
+        own = {"groups": upto(3), **more}
+        layer, cost, sizes = ShuffledGroupConv2d, costs.conv2d, (c_in, out, kernel)
+    elif kind == "fire":
+        own = {"squeeze": upto(4), "expand1x1": upto(4), "expand3x3": upto(4)}
+        layer, cost, sizes = Fire, costs.fire, (c_in,)
+    elif kind == "inverted":
+        own = {"stride": upto(3), "factor": upto(4), "kernel_size": upto(5)}
+        layer, cost, sizes = InvertedResidual, costs.inverted_residual, (c_in, out)
+    elif kind == "unit":
+        out = c_in if draw.random() < 0.6 else out
+        own = {
+            "stride": upto(3), "groups": upto(3), "bottleneck": draw.choice([None, 3, 6]),
+            "group_first": draw.random() < 0.7,
+        }  # fmt: skip
+        layer, cost, sizes = ShuffleUnit, costs.shuffle_unit, (c_in, out)
+    else:
+        own = {"ratio": upto(4), "cheap_kernel": upto(5), "norm": draw.random() < 0.5, **more}
+        layer, cost, sizes = GhostConv2d, costs.ghost, (c_in, out, kernel)
+    return kind, lambda: layer(*sizes, **own), c_in, lambda: cost(*sizes, size=size, **own), size  # type: ignore[operator]
+
+
+def test_formulas_equal_what_torch_counts_for_any_sizes() -> None:
+    """torch's own counter sees the calls that are made, not the layers; sizes that a layer refuses have no cost."""
+    counted: Counter[str] = Counter()
+    for seed in range(400):
+        kind, build, channels, formula, size = drawn(seed)
+        try:
+            module = build().eval()
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                module(torch.zeros(1, channels, *size))
+        except (ValueError, RuntimeError):  # RuntimeError: the kernel is larger than the image
+            with pytest.raises(ValueError, match="expected"):
+                formula()
+            continue
+        counted[kind] += 1
+        assert 2 * formula().macs == counter.get_total_flops(), seed
+        assert formula().parameters == count_parameters(module)[0], seed
+    assert min(counted.values()) >= 5, counted
+    assert len(counted) == 7
+
+
 def test_reductions_are_the_papers() -> None:
     for multiplier in (1, 2):
         thin = costs.depthwise_separable(32, 64, 3, 14, padding=1, bias=False, multiplier=multiplier)
         dense = costs.conv2d(32, 64, 3, 14, padding=1, bias=False)
         assert thin.reduction(dense) == pytest.approx(multiplier * (1 / 64 + 1 / 9))
         assert costs.separable_reduction(64, 3, multiplier) == pytest.approx(thin.reduction(dense))
-    # MobileNet: 1704.04861, table 6 (one layer of 14x14x512): 52.3 against 462 mega-MACs
+    # MobileNet: 1704.04861, table 3 (one layer of 14x14x512): 52.3 against 462 mega-MACs
     assert costs.depthwise_separable(512, 512, 3, 14, padding=1, bias=False).macs == pytest.approx(52.3e6, rel=2e-3)
     assert costs.conv2d(512, 512, 3, 14, padding=1, bias=False).macs == pytest.approx(462e6, rel=2e-3)
     # ShuffleNet: 1707.01083, section 3.2: h w (2 c m / g + 9 m) for a unit

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimtorch.design._checks import divides, positive
+from slimtorch.design._checks import divides, odd, positive, shuffle_channels
 
 
 def channel_shuffle(x: Tensor, groups: int) -> Tensor:
@@ -42,7 +42,7 @@ def channel_shuffle(x: Tensor, groups: int) -> Tensor:
 class Fire(nn.Module):
     """SqueezeNet's unit: 1x1 to few channels, then 1x1 and 3x3 side by side, each with ReLU; sizes stay.
 
-    Iandola et al., "SqueezeNet" (1602.07360), section 3.1. No batch norm, as there.
+    Iandola et al., "SqueezeNet" (1602.07360), section 3.2. No batch norm, as there.
 
     Args:
         in_channels: of the input.
@@ -90,9 +90,7 @@ class InvertedResidual(nn.Module):
         given = {"in_channels": in_channels, "out_channels": out_channels, "stride": stride, "factor": factor}
         for name, value in given.items():
             positive(value, name)
-        positive(kernel_size, "kernel_size")
-        if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size: expected an odd number, got {kernel_size}")
+        odd(kernel_size, "kernel_size")
         hidden = factor * in_channels
         layers = _unit(in_channels, hidden, 1, 1, 1) if factor != 1 else []
         layers += _unit(hidden, hidden, kernel_size, stride, hidden)
@@ -140,22 +138,7 @@ class ShuffleUnit(nn.Module):
         group_first: bool = True,
     ) -> None:
         super().__init__()
-        for name, value in {"in_channels": in_channels, "out_channels": out_channels, "groups": groups}.items():
-            positive(value, name)
-        if isinstance(stride, bool) or stride not in (1, 2):
-            raise ValueError(f"stride: expected 1 or 2, got {stride!r}")
-        if stride == 1 and in_channels != out_channels:
-            raise ValueError(f"out_channels: expected {in_channels} as in_channels for stride 1, got {out_channels}")
-        if stride == 2 and out_channels <= in_channels:
-            raise ValueError(f"out_channels: expected more than the {in_channels} of the input, got {out_channels}")
-        new = out_channels if stride == 1 else out_channels - in_channels
-        if bottleneck is None:
-            bottleneck = max(1, out_channels // 4 // groups) * groups
-        positive(bottleneck, "bottleneck")
-        divides(groups, bottleneck, "groups", "bottleneck")
-        divides(groups, new, "groups", "the new channels")
-        if group_first:
-            divides(groups, in_channels, "groups", "in_channels")
+        bottleneck, new = shuffle_channels(in_channels, out_channels, stride, groups, bottleneck, group_first)
         self.groups = groups
         self.stride = stride
         self.compress = nn.Conv2d(in_channels, bottleneck, 1, groups=groups if group_first else 1, bias=False)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from slimtorch.design._checks import divides, pair, positive
+from slimtorch.design._checks import divides, ghost_channels, pair, positive
 from slimtorch.design.blocks import channel_shuffle
 
 Size = int | tuple[int, int]
@@ -335,15 +335,8 @@ class GhostConv2d(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        given = {"in_channels": in_channels, "out_channels": out_channels, "ratio": ratio, "cheap_kernel": cheap_kernel}
-        for name, value in given.items():
-            positive(value, name)
-        if ratio > out_channels:
-            raise ValueError(f"ratio: expected at most out_channels, {out_channels}, got {ratio}")
-        if cheap_kernel % 2 == 0:
-            raise ValueError(f"cheap_kernel: expected an odd number, got {cheap_kernel}")
-        own = -(-out_channels // ratio)
-        ghosts = own * (ratio - 1)
+        positive(in_channels, "in_channels")
+        own, ghosts = ghost_channels(out_channels, ratio, cheap_kernel)
         bias = bias and not norm
         self.out_channels = out_channels
         self.ratio = ratio

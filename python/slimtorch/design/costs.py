@@ -15,8 +15,9 @@ anything is built. I and O: channels in and out; k: kernel; P: output positions;
     fire, inverted residual, ShuffleNet unit, Ghost           sums of the above
 
 Batch norm adds two parameters per channel and no MAC, as everywhere in this library. Biases are parameters and no MACs.
-`reduction` compares. Sources: 1704.04861 section 3.1, 1602.07360, 1801.04381, 1707.01083, 1911.11907; low rank:
-1505.06798 (channel), 1405.3866 (spatial), 1511.06530 (Tucker-2), 1412.6553 (CP).
+`reduction` compares. Sizes that a layer refuses are refused here too. Sources: 1704.04861 section 3.1, 1602.07360,
+1801.04381, 1707.01083, 1911.11907; low rank: 1505.06798 (channel), 1405.3866 (spatial), 1511.06530 (Tucker-2),
+1412.6553 (CP).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slimtorch.design._checks import divides, pair, positive
+from slimtorch.design._checks import divides, ghost_channels, odd, pair, positive, shuffle_channels
 
 Size = int | Sequence[int]
 
@@ -68,9 +69,7 @@ def linear(in_features: int, out_features: int, *, bias: bool = True, positions:
     return Cost(weight + bias * out_features, weight * positive(positions, "positions"))
 
 
-def low_rank_linear(
-    in_features: int, out_features: int, rank: int, *, bias: bool = True, positions: int = 1
-) -> Cost:
+def low_rank_linear(in_features: int, out_features: int, rank: int, *, bias: bool = True, positions: int = 1) -> Cost:
     """Two linear layers with `rank` features between; the bias is the second one's."""
     first = linear(in_features, positive(rank, "rank"), bias=False, positions=positions)
     return first + linear(rank, out_features, bias=bias, positions=positions)
@@ -184,7 +183,7 @@ def inverted_residual(
     """`InvertedResidual` on an input of height and width `size`."""
     hidden = in_channels * positive(factor, "factor")
     start = conv2d(in_channels, hidden, 1, size, bias=False) + _norm(hidden) if factor != 1 else _NOTHING
-    around = kernel_size // 2
+    around = odd(kernel_size, "kernel_size") // 2
     middle = conv2d(hidden, hidden, kernel_size, size, stride=stride, padding=around, groups=hidden, bias=False)
     after = output_size(size, kernel_size, stride, around)
     return start + middle + _norm(hidden) + conv2d(hidden, out_channels, 1, after, bias=False) + _norm(out_channels)
@@ -201,8 +200,7 @@ def shuffle_unit(
     group_first: bool = True,
 ) -> Cost:
     """`ShuffleUnit` on an input of height and width `size`."""
-    new = out_channels if stride == 1 else out_channels - in_channels
-    inner = max(1, out_channels // 4 // positive(groups, "groups")) * groups if bottleneck is None else bottleneck
+    inner, new = shuffle_channels(in_channels, out_channels, stride, groups, bottleneck, group_first)
     start = conv2d(in_channels, inner, 1, size, groups=groups if group_first else 1, bias=False)
     middle = conv2d(inner, inner, 3, size, stride=stride, padding=1, groups=inner, bias=False)
     end = conv2d(inner, new, 1, output_size(size, 3, stride, 1), groups=groups, bias=False)
@@ -224,8 +222,7 @@ def ghost(
     norm: bool = False,
 ) -> Cost:
     """`GhostConv2d` on an input of height and width `size`."""
-    own = -(-positive(out_channels, "out_channels") // positive(ratio, "ratio"))
-    ghosts = own * (ratio - 1)
+    own, ghosts = ghost_channels(out_channels, ratio, cheap_kernel)
     bias = bias and not norm
     found = conv2d(in_channels, own, kernel_size, size, stride=stride, padding=padding, dilation=dilation, bias=bias)
     if ghosts:
