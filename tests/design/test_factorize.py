@@ -439,6 +439,17 @@ def test_what_hooks_need_is_not_taken_away() -> None:
     assert left_alone(other_forward) == "its forward has been replaced"
 
 
+def test_globs_filter_and_what_was_frozen() -> None:
+    model = network()
+    model[7].weight.requires_grad_(False)
+    only = {"0": None, "[27]": LowRank(rank=2), "*": LowRank(rank=1)}
+    report = slim.factorize_(model, only, objective=None, filter_fn=lambda module, name: name != "9")
+    assert {layer.name: layer.what for layer in report.layers} == {"2": "channel, rank 2", "7": "SVD, rank 2"}
+    assert [type(model[index]) for index in (0, 9)] == [nn.Conv2d, nn.Linear]
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["7.0.weight", "7.1.weight"]
+
+
 def test_other_layers_are_left_alone() -> None:
     """Those of another dimension or kind, and those that already have a format."""
     model = nn.ModuleDict({

@@ -157,7 +157,20 @@ def test_bad_sizes() -> None:
         LowRankLinear(3, 4, 2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"rank: expected at most 3 for a weight of \(4, 3\), got 5"):
         LowRankLinear.from_dense(nn.Linear(3, 4), 5)
-    with pytest.raises(ValueError, match="without groups, got 2"):
+    with pytest.raises(TypeError, match=r"module: expected a torch\.nn\.Linear, got Conv2d"):
+        LowRankLinear.from_dense(nn.Conv2d(3, 4, 1), 1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"module: expected a torch\.nn\.Conv2d, got Conv1d"):
+        LowRankConv2d.from_dense(nn.Conv1d(3, 4, 3), 1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="kind: expected one of"):
+        LowRankConv2d.from_dense(nn.Conv2d(3, 4, 3), 1, "svd")
+    with pytest.raises(ValueError, match="rank: expected at most"):
+        LowRankConv2d.from_dense(nn.Conv2d(3, 4, 3), (4, 4), "tucker")
+    broken = nn.Linear(3, 4)
+    with torch.no_grad():
+        broken.weight[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="module: its weight holds NaN or infinity"):
+        LowRankLinear.from_dense(broken, 1)
+    with pytest.raises(ValueError, match="without groups, got groups=2"):
         LowRankConv2d.from_dense(nn.Conv2d(4, 4, 3, groups=2), 1)
     with pytest.raises(ValueError, match="padding_mode: expected zeros"):
         LowRankConv2d(3, 4, 3, 2, padding_mode="ones")

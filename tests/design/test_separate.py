@@ -89,6 +89,21 @@ def test_bare_layer() -> None:
     assert torch.allclose(layer(x), dense(x), atol=1e-5)
 
 
+def test_no_more_kernels_than_have_a_use() -> None:
+    """Of a channel with two outputs, a third kernel would be zero, and so would its gradients be."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 2, 3)
+    dense = copy.deepcopy(layer)
+    separate_(layer, Separable(5), objective=None)
+    assert layer.multiplier == 2
+    x = torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(layer(x), dense(x))
+    nothing = nn.Conv2d(4, 8, 3)
+    nn.init.zeros_(nothing.weight)
+    separate_(nothing, Separable(energy=0.9), objective=None)
+    assert nothing.multiplier == 1
+
+
 def test_what_was_frozen_stays_frozen() -> None:
     layer = nn.Conv2d(4, 6, 3).requires_grad_(False)
     separate_(layer, Separable(), objective=None)

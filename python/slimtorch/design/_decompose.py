@@ -92,13 +92,13 @@ def spectrum(
             squares = torch.linalg.svdvals(weight.flatten(1)).square()
         else:
             squares = _components(weight.flatten(1), metric, outputs)[0]
-        return [_shares(squares[: cast(int, full_rank(weight.shape, kind))])]
+        return [shares(squares[: cast(int, full_rank(weight.shape, kind))])]
     if kind == "spatial":
-        return [_shares(torch.linalg.svdvals(weight.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)).square())]
+        return [shares(torch.linalg.svdvals(weight.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)).square())]
     if kind != "tucker":
         raise ValueError(f"kind: {kind!r} has no spectrum")
     sides = (weight.transpose(0, 1).flatten(1), weight.flatten(1))
-    return [_shares(torch.linalg.svdvals(side).square()) for side in sides]
+    return [shares(torch.linalg.svdvals(side).square()) for side in sides]
 
 
 def tucker_kept(weight: Tensor) -> Tensor:
@@ -113,11 +113,18 @@ def tucker_kept(weight: Tensor) -> Tensor:
     return kept / kept[-1, -1] if kept[-1, -1] > 0 else torch.ones_like(kept)
 
 
-def _shares(squares: Tensor) -> Tensor:
+def shares(squares: Tensor) -> Tensor:
+    """Of their sum; descending ones."""
     total = squares.sum()
     if total <= 0:  # the first rank has all that there is
         return (torch.arange(len(squares), device=squares.device) == 0).to(squares.dtype)
     return squares / total
+
+
+def enough(shares: Tensor, energy: float) -> int:
+    """How many of the descending shares have that sum together."""
+    kept = shares.cumsum(0)
+    return min(int((kept < energy - 1e-12).sum()) + 1, len(shares))
 
 
 def composed(parts: Sequence[Tensor], kind: str) -> Tensor:
@@ -210,7 +217,7 @@ def _cp(weight: Tensor, rank: int, rounds: int = 40) -> list[Tensor]:
             for i, side in enumerate(sides):
                 if i != index:
                     gram = gram * (side.T @ side)
-            # A little ridge: without it components grow against one another (Lebedev et al., section 3.3).
+            # A little ridge: without it components grow against one another.
             gram.diagonal().add_(1e-6 * gram.diagonal().mean().clamp_min(_TINY))
             _, b, c, d = sides
             if index == 0:

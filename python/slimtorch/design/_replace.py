@@ -414,9 +414,7 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _measure(
-    place: _Place, inputs: Sequence[tuple[Tensor, int]], objective: Objective, device: torch.device
-) -> None:
+def _measure(place: _Place, inputs: Sequence[tuple[Tensor, int]], objective: Objective, device: torch.device) -> None:
     """MACs of both, and their times where those decide."""
     report, new = place.report, place.proposal.replacement
     inputs = [(x, calls) for x, calls in inputs if x.numel()]

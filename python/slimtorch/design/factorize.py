@@ -23,7 +23,17 @@ from slimtorch import _select
 from slimtorch._budget import least_loss
 from slimtorch._progress import shown
 from slimtorch.design._checks import pair, positive
-from slimtorch.design._decompose import Kind, Rank, check_kind, composed, factors, full_rank, spectrum, tucker_kept
+from slimtorch.design._decompose import (
+    Kind,
+    Rank,
+    check_kind,
+    composed,
+    enough,
+    factors,
+    full_rank,
+    spectrum,
+    tucker_kept,
+)
 from slimtorch.design._moments import Moments, moments_of, passes
 from slimtorch.design._replace import (
     Objective,
@@ -341,6 +351,7 @@ def _words(rank: Rank) -> str:
 
 def _relative(change: Tensor, weight: Tensor, metric: Tensor | None) -> float:
     """Squared error of outputs, or of weights, over what there was."""
+
     def squares(rows: Tensor) -> float:
         return float(rows.square().sum() if metric is None else ((rows @ metric) * rows).sum())
 
@@ -379,7 +390,7 @@ def _alone(subject: _Subject) -> Rank | None:
         return None
     if isinstance(most, tuple):
         return _cheapest(subject.weight, energy)
-    return _enough(subject.spectrum()[0], energy)
+    return enough(subject.spectrum()[0], energy)
 
 
 def _cheapest(weight: Tensor, energy: float) -> tuple[int, int]:
@@ -390,11 +401,6 @@ def _cheapest(weight: Tensor, energy: float) -> tuple[int, int]:
     weights = c_in * first[:, None] + height * width * first[:, None] * last + out * last
     least = int(torch.where(kept >= energy - 1e-12, weights, weights.max() + 1).argmin())
     return least // len(last) + 1, least % len(last) + 1
-
-
-def _enough(shares: Tensor, energy: float) -> int:
-    kept = shares.cumsum(0)
-    return min(int((kept < energy - 1e-12).sum()) + 1, len(shares))
 
 
 def _least(most: int, good: Callable[[int], bool]) -> int:

@@ -51,7 +51,13 @@ class LowRankLinear(nn.Sequential):
 
     @classmethod
     def from_dense(cls, module: nn.Linear, rank: int) -> LowRankLinear:
-        """The best approximation of a layer's weight; `rank` is at most the smaller of its sizes."""
+        """The best approximation of a layer's weight; `rank` is at most the smaller of its sizes.
+
+        Raises:
+            TypeError: no `torch.nn.Linear`, or a rank that is no int.
+            ValueError: NaN or infinite weights, a rank out of range.
+        """
+        _check_dense(module, nn.Linear)
         return cls.of_factors(module, factors(module.weight.detach().double(), rank))
 
     @classmethod
@@ -181,7 +187,14 @@ class LowRankConv2d(nn.Sequential):
 
     @classmethod
     def from_dense(cls, module: nn.Conv2d, rank: int | Sequence[int], kind: str = "channel") -> LowRankConv2d:
-        """The approximation of a layer's weight, which has no groups; ranks are at most `full_rank`."""
+        """The approximation of a layer's weight, which has no groups; ranks are at most those that lose nothing.
+
+        Raises:
+            TypeError: no `torch.nn.Conv2d`, or a rank that is no int ("tucker": two).
+            ValueError: groups, NaN or infinite weights, an unknown kind, a rank out of range.
+        """
+        check_kind(kind)
+        _check_dense(module, nn.Conv2d)
         return cls.of_factors(module, factors(module.weight.detach().double(), rank, kind), kind)
 
     @classmethod
@@ -189,8 +202,6 @@ class LowRankConv2d(nn.Sequential):
         cls, module: nn.Conv2d, parts: Sequence[Tensor], kind: str, bias: Tensor | None = None
     ) -> LowRankConv2d:
         """In place of `module`, with the weights that `factors` gives, and its bias or another."""
-        if module.groups != 1:
-            raise ValueError(f"module: expected a convolution without groups, got {module.groups}")
         rank: Any = (len(parts[0]), len(parts[1])) if kind == "tucker" else len(parts[0])
         layer = cls(
             module.in_channels, module.out_channels, module.kernel_size, rank, kind=kind, stride=module.stride,
@@ -278,6 +289,15 @@ class LowRankConv2d(nn.Sequential):
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, {self.kind}, rank={self.rank}"
+
+
+def _check_dense(module: nn.Module, kind: type[nn.Module]) -> None:
+    if not isinstance(module, kind):
+        raise TypeError(f"module: expected a torch.nn.{kind.__name__}, got {type(module).__name__}")
+    if isinstance(module, nn.Conv2d) and module.groups != 1:
+        raise ValueError(f"module: expected a convolution without groups, got groups={module.groups}")
+    if not bool(torch.isfinite(cast(Tensor, module.weight)).all()):
+        raise ValueError("module: its weight holds NaN or infinity")
 
 
 def _fields(geometry: Mapping[str, Any], names: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from slimtorch import _select
 from slimtorch.design._checks import positive
+from slimtorch.design._decompose import enough, shares
 from slimtorch.design._moments import Moments, moments_of
 from slimtorch.design._replace import (
     Objective,
@@ -41,7 +42,8 @@ class Separable:
     """How a convolution is separated.
 
     Attributes:
-        multiplier: kernels per input channel; more are nearer to the dense layer and cost as many times more. None with
+        multiplier: kernels per input channel; more are nearer to the dense layer and cost as many times more. With as
+            many as the kernel has places, or the layer outputs, nothing is lost, and no more are made. None with
             `energy` None: 1.
         energy: in place of `multiplier`: the fewest that keep this share, in (0, 1], of the weight's sum of squares.
         rounds: of least squares on the data, where there is some; 0 keeps the start from the weight alone.
@@ -161,13 +163,11 @@ def _propose(name: str, module: nn.Conv2d, config: Separable, moments: Moments |
 
 
 def _multiplier(weight: Tensor, config: Separable) -> int:
-    taps = weight.shape[2] * weight.shape[3]
-    if config.energy is None:
-        return min(config.multiplier or 1, taps)
+    """At most as many as [out, taps] of one input channel have a use for: more would be zero and stay so."""
     squares = torch.linalg.svdvals(weight.flatten(2).transpose(0, 1)).square().sum(0)  # over input channels
-    kept = squares.cumsum(0) / squares.sum().clamp_min(1e-300)
-    enough = torch.nonzero(kept >= config.energy - 1e-12)
-    return int(enough[0]) + 1 if len(enough) else taps
+    if config.energy is None:
+        return min(config.multiplier or 1, len(squares))
+    return enough(shares(squares), config.energy)
 
 
 def fit(weight: Tensor, kernels: Tensor, mix: Tensor, metric: Tensor, rounds: int) -> tuple[Tensor, Tensor, Tensor]:
