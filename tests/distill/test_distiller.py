@@ -747,7 +747,7 @@ for value in (memory.student_memory, memory.teacher_memory, memory.log_normalize
 if rank == 0:
     memories = {"student": memory.student_memory, "teacher": memory.teacher_memory}
     torch.save({**distiller.state_dict(), **memories}, sys.argv[1])
-dist.barrier()  # gloo aborts where the other process leaves while something is on its way
+dist.barrier()  # neither leaves before the other is done
 dist.destroy_process_group()
 """
 

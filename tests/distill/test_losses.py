@@ -92,6 +92,23 @@ def test_dist_of_rare_classes() -> None:
     assert float(distill.dist_loss(s, t, inter_weight=0)) == pytest.approx(intra, rel=1e-6)
 
 
+@pytest.mark.parametrize("below", [15, 40, 60, 80, 95, 110])
+def test_dist_of_classes_at_the_end_of_float32(below: float) -> None:
+    """Probabilities of e^-15 to e^-110, whose squares, and at last they themselves, are 0 in float32."""
+    s, t = (logits(seed) - below * torch.tensor([0.0, 0, 0, 1, 1]) for seed in range(2))
+    t.requires_grad_(), s.requires_grad_()
+    narrow = [value.detach().float().requires_grad_() for value in (s, t)]
+    loss = distill.dist_loss(*narrow)
+    grads = torch.autograd.grad(loss, narrow)
+    assert all(bool(grad.isfinite().all()) for grad in grads)
+    if below > 70:  # nothing is left of two classes, which then correlate with nothing
+        return
+    exact = distill.dist_loss(s, t)
+    assert float(loss.detach()) == pytest.approx(float(exact.detach()), rel=1e-4)
+    for grad, wanted in zip(grads, torch.autograd.grad(exact, (s, t)), strict=True):
+        torch.testing.assert_close(grad.double(), wanted, rtol=1e-3, atol=1e-5)
+
+
 def test_dist_sees_no_shift_of_logits() -> None:
     s = logits(0)
     assert float(distill.dist_loss(s + 7, s)) == pytest.approx(0, abs=1e-9)
@@ -175,6 +192,19 @@ def test_gradients_of_feature_losses(name: str) -> None:
     assert torch.autograd.gradcheck(lambda x: FEATURE_LOSSES[name](x, t), (s.requires_grad_(),))
 
 
+@pytest.mark.parametrize("name", FEATURE_LOSSES)
+def test_second_gradients_of_feature_losses(name: str) -> None:
+    """As of a penalty on gradients; a dead sample has none."""
+    g = torch.Generator().manual_seed(0)
+    s, t = (torch.randn(3, 1, 2, 2, dtype=torch.float64, generator=g) for _ in range(2))
+    assert torch.autograd.gradgradcheck(lambda x: FEATURE_LOSSES[name](x, t), (s.clone().requires_grad_(),))
+    s[1] = 0
+    s.requires_grad_()
+    (first,) = torch.autograd.grad(FEATURE_LOSSES[name](s, t), s, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), s)
+    assert bool(second.isfinite().all())
+
+
 def test_gradients_of_the_others() -> None:
     t, labels = logits(1), torch.tensor([0, 4, 2, 2, 1, 3])
     s = logits(0).requires_grad_()
@@ -243,6 +273,7 @@ def test_autocast_does_not_narrow_a_loss(name: str, dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype=dtype):
         loss = ALL_LOSSES[name](s, t)
     assert torch.equal(loss, ALL_LOSSES[name](s, t))
+    assert bool(grad.isfinite().all())
     assert torch.equal(torch.autograd.grad(loss, s)[0], grad)
 
 

@@ -383,12 +383,17 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _unit(vectors: Tensor, floor: Tensor | float = 1e-12, dim: int = 1) -> Tensor:
     """Of length 1. What is not longer than ``floor`` becomes 0 without a gradient: one divided by its length would be
     beyond all others."""
-    length = torch.linalg.vector_norm(vectors, dim=dim, keepdim=True)
-    return vectors / torch.where(length > floor, length, math.inf)
+    squares = vectors.square().sum(dim, keepdim=True)
+    directed = squares > floor**2
+    # the root of 0 has no gradient, not even one that a later choice would leave out
+    return vectors * directed / torch.where(directed, squares, 1).sqrt()
 
 
 def _centred(rows: Tensor) -> Tensor:
-    """Rows less their mean, of length 1; 0 where nothing is left but rounding."""
+    """Rows of probabilities less their mean, of length 1; 0 where nothing is left but rounding."""
+    # in units of the largest, because float32 does not hold the squares of small ones, nor the inverse of the smallest
+    largest = rows.detach().amax(1, keepdim=True)
+    rows = rows / torch.where(largest > 1e-30, largest, math.inf)
     rounding = 4 * torch.finfo(rows.dtype).eps * torch.linalg.vector_norm(rows.detach(), dim=1, keepdim=True)
     return _unit(rows - rows.mean(1, keepdim=True), rounding)
 
