@@ -131,6 +131,23 @@ def test_one_process_fills_and_others_wait(tmp_path: Path) -> None:
     torch.testing.assert_close(TeacherCache(tmp_path)[:], teacher.linear(x).detach())
 
 
+def test_a_loader_whose_workers_stay(tmp_path: Path) -> None:
+    """They are forked while the folder is locked, and must not keep the lock."""
+    teacher, x = setting()
+    data = torch.utils.data.TensorDataset(x, torch.zeros(22))
+    loader = torch.utils.data.DataLoader(
+        data, batch_size=4, num_workers=1, persistent_workers=True, multiprocessing_context="fork"
+    )
+    cache = TeacherCache.fill(tmp_path, teacher, loader, 22)
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError where it is locked
+    os.close(descriptor)
+    torch.testing.assert_close(cache[:], teacher.linear(x).detach())
+    teacher.seen = 0
+    TeacherCache.fill(tmp_path, teacher, loader, 22)
+    assert teacher.seen == 0
+
+
 def test_many_read_one_cache(tmp_path: Path) -> None:
     """A worker gets the name of the folder, not a copy of all logits."""
     teacher, x = setting()

@@ -118,6 +118,7 @@ def _locked(folder: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough where a loader's workers were forked meanwhile
         os.close(descriptor)
 
 
