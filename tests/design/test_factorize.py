@@ -207,12 +207,13 @@ def test_moments_that_do_not_fit_into_memory_at_once(x: Tensor, monkeypatch: pyt
     assert "fitted to the inputs of 3 layers" in str(report)
 
 
-def test_moments_are_those_of_outputs_where_those_are_fewer() -> None:
-    """25088 inputs, as in VGG: their second moments would take five gigabytes."""
+@pytest.mark.parametrize(("wide", "narrow"), [(25088, 6), (6, 25088)])
+def test_nothing_is_squared_but_the_smaller_side(wide: int, narrow: int) -> None:
+    """25088 features, as in VGG, or as many classes: their second moments would take five gigabytes."""
     torch.manual_seed(0)
-    layer = nn.Linear(25088, 6)
+    layer = nn.Linear(wide, narrow)
     dense = copy.deepcopy(layer)
-    x = torch.randn(4, 25088)
+    x = torch.randn(4, wide)
     slim.factorize_(layer, LowRank(rank=3), data=[x], objective=None)
     torch.testing.assert_close(layer(x), dense(x), rtol=1e-3, atol=1e-4)  # four centred outputs have rank three
 
@@ -358,6 +359,33 @@ def test_kept_only_where_smaller_or_faster(x: Tensor, monkeypatch: pytest.Monkey
     assert report.speedup == pytest.approx(1.5)
     assert type(model[0]) is nn.Conv2d
     assert isinstance(model[2], LowRankConv2d)
+
+
+def test_what_saves_least_goes_back_until_the_model_is_not_slower(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer is faster alone; the whole is slower with more than two of them."""
+    model = network()
+    dense = copy.deepcopy(model).eval()
+    gains = iter((4.0, 1.5, 3.0, 2.0))  # of layers 0, 2, 7 and 9
+
+    def fake(calls: Any, **_: Any) -> dict[str, Latency]:
+        if "after" in calls:
+            calls["after"]()
+            few = sum(isinstance(module, (LowRankConv2d, LowRankLinear)) for module in model) <= 2
+            seconds = {"before": 2.0, "after": 1.0 if few else 3.0}
+        else:
+            seconds = {"dense": 6.0, "other": 6.0 / next(gains)}
+        return {name: Latency(s, s, s, 1, 1) for name, s in seconds.items()}
+
+    monkeypatch.setattr(replacing, "interleave", fake)
+    report = slim.factorize_(model, LowRank(rank=2), x, objective="latency")
+    assert [layer.name for layer in report.replaced] == ["0", "7"]
+    assert "1.50x dense alone, but the whole model was slower with it" in report.layers[1].reason
+    assert "as a whole the model took 1.500x the time: '9' went back to dense" in report.notes
+    assert report.speedup == 2.0
+    for index in (2, 9):
+        assert type(model[index]) is type(dense[index])
+        assert torch.equal(model[index].weight, dense[index].weight)
+    assert all(module.training for module in model.modules())
 
 
 def test_an_error_while_models_race_leaves_all_as_it_was(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
