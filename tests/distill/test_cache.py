@@ -242,7 +242,12 @@ def test_damage(tmp_path: Path) -> None:
     facts.write_text(text[: len(text) // 2])
     with pytest.raises(ValueError, match="is damaged"):
         TeacherCache(tmp_path)
-    facts.write_text(json.dumps({**json.loads(text), "done": 99}))
+    right = json.loads(text)
+    for wrong in ({"done": "22"}, {"done": -1}, {"complete": 1}, {"checksum": None}, {"classes": None}, {"teacher": 0}):
+        facts.write_text(json.dumps({**right, **wrong}))
+        with pytest.raises(ValueError, match="is damaged"):
+            TeacherCache(tmp_path)
+    facts.write_text(json.dumps({**right, "done": 99}))
     with pytest.raises(ValueError, match=r"expected float32 logits of shape \[99, 3\]"):
         TeacherCache(tmp_path)
     facts.write_text(text)

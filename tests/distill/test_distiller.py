@@ -8,7 +8,7 @@ import math
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -195,23 +195,47 @@ def test_known_logits_spare_the_teachers_that_nothing_taps() -> None:
 
 
 class Exits(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, kind: type = list) -> None:
         super().__init__()
+        self.kind = kind
         self.body = nn.Linear(4, 6)
         self.first, self.last = nn.Linear(4, 5), nn.Linear(6, 5)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return [self.first(x), self.last(self.body(x).relu())]
+    def forward(self, x: Tensor) -> Sequence[Tensor]:
+        return self.kind([self.first(x), self.last(self.body(x).relu())])
 
 
-def test_student_with_exits() -> None:
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_student_with_exits(kind: type) -> None:
     torch.manual_seed(0)
-    student, teacher = Exits(), nn.Linear(4, 5)
+    student, teacher = Exits(kind), nn.Linear(4, 5)
     x, y = torch.randn(7, 4), torch.randint(5, (7,))
     loss, outputs = Distiller(student, teacher, distill.SoftTargets(temperature=2.0))(x, y)
     expected = sum(F.cross_entropy(o, y) + distill.soft_target_loss(o, teacher(x).detach(), 2.0) for o in outputs) / 2
     assert len(outputs) == 2
     torch.testing.assert_close(loss, expected)
+
+
+def test_teacher_with_exits() -> None:
+    """Its last exit is what it says."""
+    torch.manual_seed(0)
+    student, teacher, x = nn.Linear(4, 5), Exits(), torch.randn(7, 4)
+    expected = distill.logit_regression_loss(student(x), teacher(x)[-1].detach())
+    torch.testing.assert_close(Distiller(student, teacher, distill.LogitRegression())(x)[0], expected)
+
+
+def test_hard_loss_of_each_sample() -> None:
+    """Its mean counts; without labels, or with a weight of 0, nothing of it."""
+    student, teacher, x, y = pair()
+    each = partial(F.cross_entropy, reduction="none")
+    terms = distill.SoftTargets()
+    distiller = Distiller(student, teacher, terms, hard_loss=each, hard_weight=0.5)
+    plain = Distiller(student, teacher, terms, hard_weight=0.5)
+    torch.testing.assert_close(distiller(x, y)[0], plain(x, y)[0])
+    assert distiller.parts(x, y)[2]["hard"].shape == ()
+    soft = Distiller(student, teacher, terms, hard_loss=None)(x, y)[0]
+    assert torch.equal(distiller(x)[0], soft)
+    assert torch.equal(Distiller(student, teacher, terms, hard_weight=0)(x, y)[0], soft)
 
 
 def compressed(kind: str) -> nn.Sequential:
