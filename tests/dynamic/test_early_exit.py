@@ -316,6 +316,8 @@ def test_pack_sees_what_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     model.criterion.cuts.fill_(-math.inf)
     model.pack_(X, objective="size")
     assert seen == [40, 1, 1]  # somebody has to
+    with pytest.raises(ValueError, match="example_inputs: expected at least one sample, got none"):
+        model.pack_(X[:0], objective="size")
 
 
 def test_packing_as_a_whole() -> None:

@@ -325,6 +325,8 @@ class EarlyExit(nn.Module):
         Returns:
             A report for each segment.
         """
+        if not len(first_of(example_inputs)):
+            raise ValueError("example_inputs: expected at least one sample, got none")
         reports = []
         arrived = self.run(example_inputs).exits
         state = example_inputs
