@@ -205,7 +205,8 @@ def factorize_(
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments that the model takes: a
             typical batch. Needed for `macs`, `latency` and objective "latency".
         data: batches `inputs` or `(inputs, *targets)`: the outputs on them are then kept as far as possible, in least
-            squares, in place of the weights; what is lost on average goes into the bias.
+            squares, in place of the weights; what is lost on average goes into the bias. Gone through again, and kept
+            if it is an iterator, where the moments of all layers would take more than half a gigabyte.
         objective: "latency": a layer is replaced where that measured faster by `min_gain`, and the whole model is not
             slower; "size": where it has fewer parameters; None: always.
         min_gain: share of the time.

@@ -91,6 +91,8 @@ def separate_(
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments that the model takes:
             a typical batch, on which "latency" is measured.
         data: batches `inputs` or `(inputs, *targets)`: weights are then fitted to the activations of the dense model.
+            Gone through again, and kept if it is an iterator, where the moments of all layers would take more than half
+            a gigabyte.
         objective: "latency": a layer is replaced where that measured faster, by `min_gain`, and the whole model is not
             slower; "size": where it has fewer parameters; None: always.
         min_gain: share of the time.
