@@ -610,6 +610,8 @@ def test_bad_input() -> None:
         (parts, {"first": linear}, {"criterion": 0.5}, TypeError, "criterion: expected one of slimtorch.dynamic's"),
         (parts, {"first": linear}, {"criterion": Entropy([1, 2])}, ValueError, "one for each of 1 exits, got 2"),
         (parts, {"first": linear}, {"margin": -1}, ValueError, "margin: expected 0 or more"),
+        (parts, {"first": linear}, {"margin": math.nan}, ValueError, "margin: expected 0 or more"),
+        (parts, {"first": linear}, {"margin": "1"}, TypeError, "margin: expected a number, got '1'"),
     ]  # fmt: skip
     for backbone, exits, options, error, message in cases:
         with pytest.raises(error, match=message):
@@ -618,6 +620,11 @@ def test_bad_input() -> None:
         (lambda: Entropy(-1), ValueError, "threshold: expected an entropy"),
         (lambda: MaxProbability(1.5), ValueError, "threshold: expected a probability"),
         (lambda: Learned([0.5, -0.1]), ValueError, "threshold: expected a probability"),
+        (lambda: Entropy("0.3"), TypeError, r"threshold: expected a number, got '0\.3'"),  # type: ignore[arg-type]
+        (lambda: MaxProbability(None), TypeError, "threshold: expected a number, got None"),  # type: ignore[arg-type]
+        (lambda: Learned(["0.5"]), TypeError, r"threshold: expected a number, got '0\.5'"),  # type: ignore[list-item]
+        (lambda: Entropy([]), ValueError, "threshold: expected one or more, got none"),
+        (lambda: Entropy(math.nan), ValueError, "threshold: expected an entropy"),
         (lambda: Patience(0), ValueError, "patience: expected 1 or more"),
         (lambda: Patience(1.5), TypeError, "patience: expected an int"),  # type: ignore[arg-type]
     ]:

@@ -13,13 +13,15 @@ layer is for the host to say anyway.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from slimtorch.dynamic._blocks import check_number
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,19 @@ class Decision:
 class Criterion(nn.Module):
     """A score and a cut for each exit; what the criteria of this module have in common.
 
-    Buffers stay float64 on the host, whatever the model is moved or cast to.
+    Buffers stay float64 on the host, whatever the model is moved or cast to. A threshold that is no number is a
+    TypeError; none, or one out of range, a ValueError.
     """
 
     cuts: Tensor  # [exits before the last], in the scale of the scores
 
     def __init__(self, threshold: float | Sequence[float]) -> None:
         super().__init__()
-        given = [threshold] if isinstance(threshold, (int, float)) else list(threshold)
+        given = list(threshold) if isinstance(threshold, Iterable) and not isinstance(threshold, str) else [threshold]
+        if not given:
+            raise ValueError("threshold: expected one or more, got none")
+        for value in given:
+            check_number("threshold", value)
         self._given = [self._cut(value) for value in given]
         self.register_buffer("cuts", torch.tensor(self._given, dtype=torch.float64))
 

@@ -115,6 +115,8 @@ class EarlyExit(nn.Module):
             raise ValueError("exits: expected one or more, got none")
         for point in exits:
             _check_point(point, parts)
+        if margin is not None:
+            check_number("margin", margin)
         if margin is not None and not margin >= 0:
             raise ValueError(f"margin: expected 0 or more, or None, got {margin!r}")
         points = sorted(exits, key=names.index)
