@@ -109,6 +109,13 @@ def test_dist_of_classes_at_the_end_of_float32(below: float) -> None:
         torch.testing.assert_close(grad.double(), wanted, rtol=1e-3, atol=1e-5)
 
 
+def test_dist_of_one_sample() -> None:
+    """Its classes correlate with the teacher's; a class of a single sample correlates with nothing."""
+    s, t = logits(0, 1), logits(1, 1)
+    inter = 1 - float(torch.corrcoef(torch.cat([F.softmax(s, 1), F.softmax(t, 1)]))[0, 1])
+    assert float(distill.dist_loss(s, t, inter_weight=0.5, intra_weight=3.0)) == pytest.approx(0.5 * inter + 3)
+
+
 def test_dist_sees_no_shift_of_logits() -> None:
     s = logits(0)
     assert float(distill.dist_loss(s + 7, s)) == pytest.approx(0, abs=1e-9)
@@ -152,17 +159,18 @@ def test_relation_by_hand() -> None:
     torch.testing.assert_close(distill.relation_loss(s, t, distance_weight=3, angle_weight=5), expected)
 
 
-def test_contrastive_by_hand() -> None:
+@pytest.mark.parametrize("normalizer", [1.0, 70.0])
+def test_contrastive_by_hand(normalizer: float) -> None:
     a, b = F.normalize(logits(0), dim=1), F.normalize(logits(1), dim=1)
     others = F.normalize(torch.randn(6, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2)), dim=2)
     expected = 0.0
     for i in range(6):
-        e = math.exp(float(a[i] @ b[i]) / 0.1)
+        e = math.exp(float(a[i] @ b[i]) / 0.1) / normalizer
         expected -= math.log(e / (e + 4 / 50))
         for other in others[i]:
-            e = math.exp(float(a[i] @ other) / 0.1)
+            e = math.exp(float(a[i] @ other) / 0.1) / normalizer
             expected -= math.log(1 - e / (e + 4 / 50))
-    loss = distill.contrastive_loss(a, b, others, 50, 0.1)
+    loss = distill.contrastive_loss(a, b, others, 50, 0.1, log_normalizer=math.log(normalizer))
     assert float(loss) == pytest.approx(expected / 6, rel=1e-9)
 
 
