@@ -941,3 +941,39 @@ def test_calibration_refuses() -> None:
             model.calibrate_(data, **options)  # type: ignore[arg-type]
     assert model.criterion.thresholds == pytest.approx([0.4, 0.4])
     assert model.calibrate_([(x, labels), (x[:0], labels[:0])], accuracy=0).chosen.macs == 1
+
+
+# --- neurons are removed from all paths -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threshold", [0.0, 10.0], ids=["nobody leaves", "everybody leaves"])
+@pytest.mark.parametrize("training", [False, True])
+def test_neurons_go_from_the_backbone_and_its_heads(threshold: float, training: bool) -> None:
+    """Whatever way the example inputs take, and in either mode: all exits are looked at."""
+    torch.manual_seed(0)
+    heads = {"pool1": nn.Sequential(nn.Flatten(), nn.Linear(4 * 144, 10))}
+    model = EarlyExit(list(slim.models.LeNet5((4, 6, 8)).named_children()), heads, Entropy([threshold])).train(training)
+    x = torch.randn(3, 1, 28, 28)
+    slim.prune_(model, slim.prune.Neurons(ratio=0.5), example_inputs=x)
+    assert model.training is training
+    widths = {name: tuple(p.shape[:2]) for name, p in model.named_parameters() if p.dim() > 1}
+    assert widths == {
+        "stages.0.conv1.weight": (2, 1), "stages.1.conv2.weight": (3, 2), "stages.1.fc1.weight": (4, 48),
+        "stages.1.fc2.weight": (10, 4), "heads.0.1.weight": (10, 288),
+    }  # fmt: skip
+    with torch.no_grad():
+        assert [tuple(logits.shape) for logits in model.all_exits(x)] == [(3, 10), (3, 10)]
+        assert model.eval()(x).shape == (3, 10)
+
+
+def test_a_network_with_exits_becomes_slimmable() -> None:
+    torch.manual_seed(0)
+    heads = {"pool1": nn.Sequential(nn.Flatten(), nn.Linear(4 * 144, 10))}
+    model = EarlyExit(list(slim.models.LeNet5((4, 6, 8)).named_children()), heads, Entropy([10.0])).eval()
+    x = torch.randn(3, 1, 28, 28)
+    slim.dynamic.slimmable_(model, (0.5, 1.0), example_inputs=x)
+    narrow = slim.dynamic.export(model, 0.5)
+    with torch.no_grad(), slim.dynamic.at_width(model, 0.5):
+        for one, other in zip(narrow.all_exits(x), model.all_exits(x), strict=True):  # type: ignore[operator]
+            torch.testing.assert_close(one, other)
+    assert narrow.stages[1].conv2.weight.shape == (3, 2, 5, 5)  # type: ignore[union-attr, index]

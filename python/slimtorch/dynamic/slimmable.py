@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from slimtorch import _select
+from slimtorch._paths import all_paths
 from slimtorch.dynamic.slimmable_layers import (
     WIDTHS,
     Channels,
@@ -159,7 +160,7 @@ def slimmable_(
 
     trial = _copy(model)
     _convert(trial, sides, options)
-    with eval_mode(trial), eval_mode(model), torch.no_grad():
+    with eval_mode(trial), eval_mode(model), torch.no_grad(), all_paths():
         for width in widths:
             _check(trial, model, sides, width, example_inputs)
 

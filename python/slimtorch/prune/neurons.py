@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from slimtorch import _select
+from slimtorch._paths import all_paths
 from slimtorch.prune import importance as importances
 from slimtorch.prune.importance import Evidence, Group, Importance, LossFn, Slots, call, usable
 from slimtorch.prune.magnitude import check_count, check_fraction, check_weight, keep_largest
@@ -253,7 +254,8 @@ class _Network:
         outputs: list[Tensor] = []
 
         def forward(entrance: nn.Module, inputs: Any) -> list[Tensor]:
-            outputs.extend(_tensors(call(entrance, inputs)))
+            with all_paths():
+                outputs.extend(_tensors(call(entrance, inputs)))
             return [t for t in outputs if t.grad_fn is not None]
 
         try:
@@ -539,7 +541,7 @@ def _check(
     """
     remedy = "leave the layers concerned out with ignore= or filter_fn="
     exact = not any(isinstance(dict(trial.named_modules()).get(cut.name), (nn.LayerNorm, nn.GroupNorm)) for cut in cuts)
-    with torch.no_grad():
+    with torch.no_grad(), all_paths():
         expected: list[Tensor] = []
         if exact:
             muted = copy.deepcopy(trial)
