@@ -101,7 +101,7 @@ def test_soft_targets_belong_to_their_images(data: Digits, dense: Record, monkey
 
 
 def test_experiment(data: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = separable.Plan({"resnet": 8}, seeds=2, epochs=1, tune_epochs=0.5, samples=2)
+    tiny = separable.Plan({"resnet": 8}, seeds=2, epochs=1, tune_epochs=0.5, samples=2, wide={"resnet": 16})
     monkeypatch.setattr(separable, "plan", lambda settings: tiny)
     monkeypatch.setattr(separable, "load", lambda name, quick: (data, "a few digits"))
     told: list[tuple[str, int, int]] = []
@@ -124,6 +124,13 @@ def test_experiment(data: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         for key in ("dense", "1 kernel", "2 kernels", "where faster"):
             assert 0 < times[key]["seconds"] <= times[key]["torch"]
         assert times["layers"] == 2
+    wide = found["wide"]["resnet"]
+    assert list(wide["rows"]) == ["dense", "1 kernel", "2 kernels"]
+    dense, one, two = (row["macs"] for row in wide["rows"].values())
+    assert 4 * one < dense
+    assert one < two < dense
+    assert set(wide["time"]["16"]) == {"statistic", *wide["rows"]}
+    assert "not trained" in str(result.tables[-1])
     # the networks of the real runs separate as they should
     for network, count in (("vgg", 12), ("resnet", 18)):
         model = real[network](3, 4)

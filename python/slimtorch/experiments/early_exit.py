@@ -86,7 +86,7 @@ class Plan:
     tolerance: float = 0.0
     budgets: tuple[float, ...] = (0.02, 0.06, 0.12, 0.25, 0.5, 1.0)
     images: int = 200
-    samples: int = 3
+    samples: int = 7
     each: int = 200
     together: int = 1000
 

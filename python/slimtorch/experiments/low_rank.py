@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from slimtorch import models
 from slimtorch.data import Digits, load
@@ -26,13 +26,12 @@ from slimtorch.experiments import machine, separable
 from slimtorch.experiments.catalogue import Experiment, Progress, Result, Settings
 from slimtorch.experiments.compare import _build_stamp
 from slimtorch.experiments.loop import evaluate
-from slimtorch.experiments.rivals import TORCH, dense_rivals
+from slimtorch.experiments.replaced import CHOSEN, race, time_table
 from slimtorch.experiments.separable import Build, _arrays, _cost, _fit
 from slimtorch.experiments.store import Record, Store
 from slimtorch.experiments.summary import mean_and_deviation, over_seeds, percent
 from slimtorch.experiments.trials import Trial, run_all
-from slimtorch.measure import count_macs, interleave, threads_of_torch
-from slimtorch.packing import _judge
+from slimtorch.measure import count_macs, threads_of_torch
 from slimtorch.report import Table
 
 if TYPE_CHECKING:
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
 
 VERSION = 1  # raise it when trials train differently: stored ones are then not used
 BATCHES = (1, 16)
-SAMPLE_SECONDS = 1e-3  # short: another process then spoils few of them
 WIDE_KINDS = ("channel", "spatial")  # the others' factors take minutes to find in wide layers
 FITTED = 250  # training images whose activations the factors are fitted to
 KINDS = {"svd": "SVD", "channel": "channel", "spatial": "spatial", "tucker": "Tucker", "cp": "CP"}
@@ -92,7 +90,7 @@ FULL = Plan(
     {"lenet300": (0.5, 0.2, 0.1, 0.05), "vgg": (0.5, 0.25), "resnet": (0.5, 0.25)},
     {"lenet300": ("svd",), "vgg": _CONV_KINDS, "resnet": _CONV_KINDS},
     {"lenet300": 8, "vgg": 2, "resnet": 2},
-    {"lenet300": 2, "vgg": 1, "resnet": 1},
+    {"lenet300": 4, "vgg": 3, "resnet": 3},
     wide={"vgg": 64, "resnet": 64},
 )
 QUICK = Plan(
@@ -229,30 +227,13 @@ def _times(
         networks = {row: restore(config, record).eval() for row, record in records.items()}
         own = copy.deepcopy(networks["dense"])
         report = factorize_(own, low, x, objective="latency", filter_fn=_chosen(network))
-        networks["where faster"] = own.eval()
-        part = _race(networks, x, chosen.samples)
+        networks[CHOSEN] = own.eval()
+        part = race(networks, x, chosen.samples)
         part |= {"replaced": len(report.replaced), "layers": len(report.layers)}
-        part["where faster"]["macs"] = count_macs(own, x[:1])[1]
+        part[CHOSEN]["macs"] = count_macs(own, x[:1])[1]
         found[str(batch)] = part
     progress(stage, len(BATCHES), len(BATCHES))
     return found
-
-
-def _race(networks: Mapping[str, nn.Module], x: Tensor, samples: int) -> dict[str, Any]:
-    """Row → seconds in the fastest way and in torch, all by turns."""
-    calls: dict[str, Callable[[], object]] = {}
-    with torch.inference_mode():
-        for key, model in networks.items():
-            calls |= {f"{key}/{name}": call for name, call in dense_rivals(model, x).items()}
-        latencies = interleave(calls, samples=samples, min_sample_seconds=SAMPLE_SECONDS)
-    by, values = _judge(list(latencies.values()))
-    seconds = dict(zip(latencies, values, strict=True))
-    part: dict[str, Any] = {"statistic": by}
-    for key in networks:
-        ways = {n.rsplit("/", 1)[1]: value for n, value in seconds.items() if n.rsplit("/", 1)[0] == key}
-        name = min(ways, key=ways.__getitem__)
-        part[key] = {"seconds": float(f"{ways[name]:.4g}"), "by": name, "torch": float(f"{ways[TORCH]:.4g}")}
-    return part
 
 
 def _wide_times(network: str, chosen: Plan, data: Digits, progress: Progress) -> dict[str, Any]:
@@ -273,7 +254,7 @@ def _wide_times(network: str, chosen: Plan, data: Digits, progress: Progress) ->
     progress(stage, len(todo), len(todo) + 1)
     found = {
         "rows": {row: {"macs": [count_macs(model, x[:1])[1]]} for row, model in networks.items()},
-        "time": {str(batch): _race(networks, x[:batch], chosen.samples) for batch in BATCHES},
+        "time": {str(batch): race(networks, x[:batch], chosen.samples) for batch in BATCHES},
     }
     progress(stage, len(todo) + 1, len(todo) + 1)
     return found
@@ -360,7 +341,7 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
             cost = own if "macs" in own else dense
             before = [percent(own[key]) if key in own else "-" for key in ("weights", "fitted")]
             left = f"{_mean(cost['macs']) / dense['macs'][0]:.1%}"
-            title = {"trained on": "dense, trained on"}.get(row, row)
+            title = separable.DENSE.get(row, row)
             rows.append([title, f"{_mean(cost['parameters']) / 1e3:.0f} K", left, *before, percent(own["test"])])
         epochs = found["plan"]["tune_epochs"][name]
         notes = [
@@ -371,43 +352,14 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
         ]
         columns = ["rank", "parameters", "MACs", "weights, %", "fitted, %", "test, %"]
         result.append(Table(f"{network['title']}: accuracy", columns, rows, notes))
-        result.append(_time_table(network, headline))
-    result += [_time_table(network, headline) for network in found["wide"].values()]
-    return result
+        result.append(_times_of(network, headline))
+    return result + [_times_of(network, headline) for network in found["wide"].values()]
 
 
-def _time_table(network: Mapping[str, Any], headline: str) -> Table:
-    rows: list[list[object]] = []
-    dense = network["rows"]["dense"]["macs"][0]
-    trained = "trained on" in network["rows"]
-    for key in [*(row for row in network["rows"] if row != "trained on"), *(["where faster"] if trained else [])]:
-        macs = network["rows"][key]["macs"][0] if key in network["rows"] else None
-        row: list[object] = [key, "-" if macs is None else f"{dense / macs:.2f}x"]
-        for part in network["time"].values():
-            own, reference = part[key], part["dense"]
-            row += [f"{own['torch'] * 1e3:.3g}", f"{own['seconds'] * 1e3:.3g}"]
-            row.append(f"{reference['seconds'] / own['seconds']:.2f}x")
-        rows.append(row)
-    columns = ["rank", "fewer MACs"]
-    for batch in network["time"]:
-        columns += [f"torch, b{batch}", f"best, b{batch}", f"gain, b{batch}"]
-    noisy = [f"b{batch}" for batch, part in network["time"].items() if part["statistic"] == "p10"]
-    notes = [
-        "milliseconds per call, b: batch size. torch: the module as it is; best: the fastest of torch, oneDNN and "
-        "frozen TorchScript; gain: of the best ways.",
-    ]
-    if trained:
-        kept = ", ".join(f"{part['replaced']} of {part['layers']} at b{b}" for b, part in network["time"].items())
-        notes.append(
-            f"where faster: factorize_ with objective 'latency', at the smallest share, kept {kept}: it measures "
-            "layers as torch runs them."
-        )
-    else:
-        notes.append("not trained: weights as drawn, on which time does not depend.")
-    notes.append(headline)
-    if noisy:
-        notes.append(f"{' and '.join(noisy)}: other processes at work, 10th percentiles instead of medians.")
-    return Table(f"{network['title']}: measured time", columns, rows, notes)
+def _times_of(network: Mapping[str, Any], headline: str) -> Table:
+    macs = {row: own["macs"][0] for row, own in network["rows"].items() if row != "trained on"}
+    verb = "factorize_ with objective 'latency', at the smallest share,"
+    return time_table(network["title"], "rank", macs, network["time"], verb, headline)
 
 
 _STYLE: dict[str, dict[str, Any]] = {
@@ -461,11 +413,12 @@ def _accuracy_latency(network: Mapping[str, Any]) -> Figure:
     rows = network["rows"]
     figure, panels = new_figure(len(network["time"]))
     for axis, (batch, time) in zip(panels, network["time"].items(), strict=True):
-        numbers = mean_and_deviation([100 * v for v in rows["dense"]["test"]])
-        axis.errorbar(
-            time["dense"]["seconds"] * 1e3, numbers["mean"], numbers["std"] or 0.0, label="dense", capsize=3,
-            color="black", marker="*", markersize=10, linestyle="none",
-        )  # fmt: skip
+        for name, marker in (("dense", "*"), ("trained on", "P")):
+            numbers = mean_and_deviation([100 * v for v in rows[name]["test"]])
+            axis.errorbar(
+                time["dense"]["seconds"] * 1e3, numbers["mean"], numbers["std"] or 0.0, label=separable.DENSE[name],
+                capsize=3, color="black", marker=marker, markersize=8, linestyle="none",
+            )  # fmt: skip
         for kind, style in _STYLE.items():
             own = [row for row in rows if row.split(",")[0] == kind]
             if own:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +27,11 @@ from slimtorch.experiments import machine
 from slimtorch.experiments.catalogue import Experiment, Progress, Result, Settings
 from slimtorch.experiments.compare import _build_stamp
 from slimtorch.experiments.loop import evaluate, fit
-from slimtorch.experiments.rivals import TORCH, dense_rivals
+from slimtorch.experiments.replaced import CHOSEN, race, time_table
 from slimtorch.experiments.store import Record, Store
 from slimtorch.experiments.summary import mean_and_deviation, over_seeds, percent
 from slimtorch.experiments.trials import Trial, run_all
-from slimtorch.measure import count_macs, count_parameters, interleave, threads_of_torch
-from slimtorch.packing import _judge
+from slimtorch.measure import count_macs, count_parameters, threads_of_torch
 from slimtorch.report import Table
 
 if TYPE_CHECKING:
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
 
 VERSION = 1  # raise it when trials train differently: stored ones are then not used
 BATCHES = (1, 16)
-SAMPLE_SECONDS = 1e-3  # short: another process then spoils few of them
 FITTED, ROUNDS = 250, 5  # training images whose activations the weights are fitted to, and how often by turns
 
 Build = Callable[[int, int], nn.Module]
@@ -68,6 +66,8 @@ VARIANTS: dict[str, tuple[int, str, bool]] = {
     "2 kernels, fitted": (2, "fitted", False),
     "2 kernels, fitted, distilled": (2, "fitted", True),
 }
+# Rows of the dense network → in words; the second is trained for as long as the others in all
+DENSE = {"dense": "dense", "trained on": "dense, trained on"}
 # Networks that are timed → whose accuracy goes with them
 TIMED = {"1 kernel": "1 kernel, fitted, distilled", "2 kernels": "2 kernels, fitted, distilled"}
 
@@ -84,6 +84,8 @@ class Plan:
         batch_size: images in a step.
         temperature, soft: of the soft targets, and their share of the loss.
         samples: rounds of timing.
+        wide: network → a width at which it is timed too, with weights as they are drawn: time does not depend on them,
+            and multiplications outweigh calls only in wide layers.
     """
 
     widths: Mapping[str, int]
@@ -96,9 +98,10 @@ class Plan:
     temperature: float = 4.0
     soft: float = 0.5
     samples: int = 31
+    wide: Mapping[str, int] = field(default_factory=dict)
 
 
-FULL = Plan({"vgg": 16, "resnet": 16})
+FULL = Plan({"vgg": 16, "resnet": 16}, tune_epochs=3, wide={"vgg": 64, "resnet": 64})
 QUICK = Plan({"vgg": 8}, seeds=2, epochs=5, tune_epochs=2, samples=7)
 
 
@@ -255,21 +258,31 @@ def _times(
         x = data.test.images[:batch]
         own = copy.deepcopy(dense)
         report = separate_(own, Separable(), x, filter_fn=_inner)
-        calls: dict[str, Callable[[], object]] = {}
-        with torch.inference_mode():
-            for key, model in {**networks, "where faster": own.eval()}.items():
-                calls |= {f"{key}/{name}": call for name, call in dense_rivals(model, x).items()}
-            latencies = interleave(calls, samples=chosen.samples, min_sample_seconds=SAMPLE_SECONDS)
-        by, values = _judge(list(latencies.values()))
-        seconds = dict(zip(latencies, values, strict=True))
-        part: dict[str, Any] = {"statistic": by, "replaced": len(report.replaced), "layers": len(report.layers)}
-        for key in (*networks, "where faster"):
-            ways = {n.split("/")[1]: value for n, value in seconds.items() if n.split("/")[0] == key}
-            name = min(ways, key=ways.__getitem__)
-            part[key] = {"seconds": float(f"{ways[name]:.4g}"), "by": name, "torch": float(f"{ways[TORCH]:.4g}")}
-        part["where faster"]["macs"] = count_macs(own, x[:1])[1]
+        part = race({**networks, CHOSEN: own.eval()}, x, chosen.samples)
+        part |= {"replaced": len(report.replaced), "layers": len(report.layers)}
+        part[CHOSEN]["macs"] = count_macs(own, x[:1])[1]
         found[str(batch)] = part
     progress(stage, len(BATCHES), len(BATCHES))
+    return found
+
+
+def _wide_times(network: str, chosen: Plan, data: Digits, progress: Progress) -> dict[str, Any]:
+    """The same in a wider network that nobody trained: rows with their MACs, and times."""
+    stage = f"time {TITLES[network]}, wide"
+    torch.manual_seed(0)
+    dense = BUILD[network](data.train.images.shape[1], chosen.wide[network]).eval()
+    x = data.test.images[: max(BATCHES)]
+    networks = {"dense": dense}
+    for kernels, row in enumerate(TIMED, 1):
+        progress(stage, kernels - 1, len(TIMED) + 1)
+        networks[row] = copy.deepcopy(dense)
+        separated_(networks[row], kernels)
+    progress(stage, len(TIMED), len(TIMED) + 1)
+    found = {
+        "rows": {row: {"macs": count_macs(model, x[:1])[1]} for row, model in networks.items()},
+        "time": {str(batch): race(networks, x[:batch], chosen.samples) for batch in BATCHES},
+    }
+    progress(stage, len(TIMED) + 1, len(TIMED) + 1)
     return found
 
 
@@ -303,6 +316,17 @@ def run(settings: Settings, out: Path, progress: Progress) -> Result:
                 "rows": {row: _row(made, records, network, row, chosen) for row in ("dense", "trained on", *VARIANTS)},
                 "time": times.result,
             }
+        found["wide"] = {}
+        for network in (name for name in chosen.wide if name in chosen.widths):
+            stamp = {
+                "wide": chosen.wide[network], "machine": found["machine"], "build": _build_stamp(),
+                "samples": chosen.samples,
+            }  # fmt: skip
+            times = store.load(f"{network}-wide", stamp)
+            if times is None:
+                times = Record(_wide_times(network, chosen, data, progress))
+                store.save(f"{network}-wide", stamp, times)
+            found["wide"][network] = {"title": f"{TITLES[network]}, {chosen.wide[network]} channels", **times.result}
     lead = (
         f"3x3 convolutions made depthwise separable, at small scale: networks of the shape of VGG-16 and ResNet-20 on "
         f"{words}; {over_seeds(chosen.seeds)}, mean ± standard deviation. Times are measured, of seed 0's networks, in "
@@ -340,8 +364,8 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
             cost = row if "macs" in row else dense
             before = percent(row["before"]) if "before" in row else "-"
             left = f"{cost['macs'] / dense['macs']:.1%}"
-            title = {"dense": "dense", "trained on": "dense, trained on"}.get(name, name)
-            rows.append([title, f"{cost['parameters'] / 1e3:.0f} K", left, before, percent(row["test"])])
+            title, size = DENSE.get(name, name), f"{cost['parameters'] / 1e3:.0f} K"
+            rows.append([title, size, left, before, percent(row["test"])])
         chosen = found["plan"]
         notes = [
             f"MACs: of the dense network's {dense['macs'] / 1e6:.2f} M for an image. Before and after "
@@ -352,38 +376,21 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
         ]
         columns = ["3x3 convolutions", "parameters", "MACs", "before, %", "test, %"]
         result.append(Table(f"{network['title']}: accuracy", columns, rows, notes))
-        result.append(_time_table(network, headline))
+        macs = {"dense": dense["macs"], **{key: network["rows"][row]["macs"] for key, row in TIMED.items()}}
+        result.append(_times_of(network["title"], macs, network["time"], headline))
+    for network in found["wide"].values():
+        macs = {row: own["macs"] for row, own in network["rows"].items()}
+        result.append(_times_of(network["title"], macs, network["time"], headline))
     return result
 
 
-def _time_table(network: Mapping[str, Any], headline: str) -> Table:
-    rows: list[list[object]] = []
-    dense = network["rows"]["dense"]["macs"]
-    for key in ("dense", *TIMED, "where faster"):
-        macs = {"dense": dense} | {k: network["rows"][row]["macs"] for k, row in TIMED.items()}
-        row: list[object] = [key, f"{dense / macs[key]:.2f}x" if key in macs else "-"]
-        for part in network["time"].values():
-            own, reference = part[key], part["dense"]
-            row += [f"{own['torch'] * 1e3:.2f}", f"{own['seconds'] * 1e3:.2f}"]
-            row.append(f"{reference['seconds'] / own['seconds']:.2f}x")
-        rows.append(row)
-    columns = ["3x3 convolutions", "fewer MACs"]
-    for batch in network["time"]:
-        columns += [f"torch, b{batch}", f"best, b{batch}", f"gain, b{batch}"]
-    kept = ", ".join(f"{part['replaced']} of {part['layers']} at b{b}" for b, part in network["time"].items())
-    noisy = [f"b{batch}" for batch, part in network["time"].items() if part["statistic"] == "p10"]
-    notes = [
-        "milliseconds per call, b: batch size. torch: the module as it is; best: the fastest of torch, oneDNN and "
-        "frozen TorchScript; gain: of the best ways.",
-        f"where faster: separate_ with objective 'latency' kept {kept}: it measures layers as torch runs them.",
-        headline,
-    ]
-    if noisy:
-        notes.append(f"{' and '.join(noisy)}: other processes at work, 10th percentiles instead of medians.")
-    return Table(f"{network['title']}: measured time", columns, rows, notes)
+def _times_of(title: str, macs: Mapping[str, int], time: Mapping[str, Any], headline: str) -> Table:
+    return time_table(title, "3x3 convolutions", macs, time, "separate_ with objective 'latency'", headline)
 
 
 _STYLE: dict[str, dict[str, Any]] = {
+    "dense": {"color": "black", "marker": "*", "markersize": 9},
+    "trained on": {"color": "black", "marker": "P"},
     "1 kernel, random start": {"color": "#999999", "marker": "v"},
     "1 kernel, from weights": {"color": "#56B4E9", "marker": "o"},
     "1 kernel, fitted": {"color": "#0072B2", "marker": "o"},
@@ -400,8 +407,8 @@ def figures(found: Mapping[str, Any]) -> list[tuple[str, str, Figure]]:
     networks = found["networks"]
     way, axes = new_figure(len(networks))
     for axis, network in zip(axes, networks.values(), strict=True):
-        for name, style in _STYLE.items():
-            row = network["rows"][name]
+        for name in VARIANTS:
+            row, style = network["rows"][name], _STYLE[name]
             band(axis, row["steps"], [[100 * v for v in own] for own in row["validation"]], name, **style)
         axis.set_title(network["title"], fontsize=10)
         axis.set_xlabel("step of training after the separation")
@@ -412,13 +419,12 @@ def figures(found: Mapping[str, Any]) -> list[tuple[str, str, Figure]]:
     speed, panels = new_figure(len(networks) * len(batches), width=4.2)
     for axis, (network, batch) in zip(panels, ((n, b) for n in networks.values() for b in batches), strict=True):
         time = network["time"][batch]
-        for name, marker in (("dense", "*"), *((row, None) for row in list(VARIANTS)[2:])):
-            key = "dense" if name == "dense" else name.split(",")[0]
+        for name, label in (*DENSE.items(), *((row, row) for row in list(VARIANTS)[2:])):
+            key = "dense" if name in DENSE else name.split(",")[0]
             numbers = mean_and_deviation([100 * v for v in network["rows"][name]["test"]])
-            look: dict[str, Any] = {"color": "black"} if name == "dense" else dict(_STYLE[name])
-            look |= {"linestyle": "none", "marker": marker or look.get("marker", "o")}
+            look: dict[str, Any] = {**_STYLE[name], "linestyle": "none"}
             deviation = numbers["std"] or 0.0
-            axis.errorbar(time[key]["seconds"] * 1e3, numbers["mean"], deviation, label=name, capsize=3, **look)
+            axis.errorbar(time[key]["seconds"] * 1e3, numbers["mean"], deviation, label=label, capsize=3, **look)
         axis.set_xscale("log")
         seconds = [time[key]["seconds"] * 1e3 for key in ("dense", *TIMED)]
         axis.set_xlim(min(seconds) / 1.3, max(seconds) * 1.3)
@@ -426,7 +432,7 @@ def figures(found: Mapping[str, Any]) -> list[tuple[str, str, Figure]]:
         axis.set_title(f"{network['title'].split(',')[0]}, batch {batch}", fontsize=10)
         axis.set_xlabel("milliseconds per call")
         axis.set_ylabel("test accuracy, %")
-    speed.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=5, frameon=False)
+    speed.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=6, frameon=False)
     caption = "Test accuracy against measured time in the fastest way; up and to the left is better. Bars: ± 1 sd."
     return [
         ("separable", caption, speed),
