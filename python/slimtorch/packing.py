@@ -870,11 +870,12 @@ class _Race:
         """Dense and the few formats that a closer look could still make the winner."""
         _, judged = _judge(list(heat.values()))
         seconds = dict(zip(heat, judged, strict=True))
-        rivals = [label for label in heat if label != "dense" and seconds[label] < 1.3 * seconds["dense"]]
-        if self.objective == "latency":
+        latency = self.objective == "latency"
+        limit = seconds["dense"] * (1 if latency else 1 + self.min_gain)
+        rivals = [label for label in heat if label != "dense" and seconds[label] < 1.3 * limit]
+        if latency:
             rivals.sort(key=seconds.__getitem__)
         else:
-            limit = seconds["dense"] * (1 + self.min_gain)
             rivals.sort(key=lambda label: (seconds[label] > limit, trials[label].nbytes, seconds[label]))
         return ["dense", *rivals[:_FINALISTS]]
 

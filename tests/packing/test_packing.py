@@ -149,6 +149,17 @@ def test_size_takes_the_fewest_bytes_that_are_not_slower(timed: Any) -> None:
     assert slim.pack_(nothing, x, objective="size", formats="sparse").layers == []  # packed already
 
 
+def test_size_may_cost_the_time_that_is_allowed(timed: Any) -> None:
+    model, x = _pruned(nn.Sequential(nn.Linear(64, 64)), 0.75, (4, 16)), torch.randn(8, 64)
+    timed({"dense": 1.0, "sparse": 0.9, "4x16": 2.9})
+    for min_gain, chosen in ((2.0, "4x16"), (1.8, "sparse")):
+        report = slim.pack_(
+            copy.deepcopy(model), x, objective="size", min_gain=min_gain, formats=["sparse", "block_sparse"],
+            block_sizes=[(4, 16)],
+        )  # fmt: skip
+        assert report.layers[0].chosen == chosen
+
+
 def test_block_sizes_follow_the_zeros(timed: Any) -> None:
     timed(FAST)
     x = torch.randn(8, 128)
