@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 CODE = 2  # raise it when trials train differently: stored ones are then not used
 BATCHES = (1, 256)
 TIMING = 4  # raise it when networks are packed or timed differently
-EFFORT = {True: (1.0, 3), False: (6.0, 21)}  # quick or not: seconds to pack a network, samples of a latency
+EFFORT = {True: (0.5, 3), False: (6.0, 21)}  # quick or not: seconds to pack a network, samples of a latency
 ARMS = {
     "longer": "trained on, nothing else",
     "pruned": "weights pruned",
@@ -96,7 +96,7 @@ class Plan:
 def plan(settings: Settings) -> Plan:
     """The numbers of a quick or a full run."""
     if settings.quick:
-        return Plan(settings.seeds or 1, dense_epochs=4, epochs=(2, 2, 1))
+        return Plan(settings.seeds or 1, dense_epochs=8, epochs=(5, 4, 1), hidden=(10, 25, 250))
     return Plan(settings.seeds or 5)
 
 
@@ -267,13 +267,15 @@ def _times(records: Mapping[str, Record], data: Digits, chosen: Plan, quick: boo
                 networks[f"{arm}:unpacked"] = _network(held[max(held)])  # pack_ knows nothing of frozen dense code
             progress(f"pack, batch {batch}", number, len(ARMS))
         every = dict(networks)
-        for name, network in {"dense": dense, **networks}.items():
+        for number, (name, network) in enumerate({"dense": dense, **networks}.items()):
+            progress(f"convert, batch {batch}", number, len(networks) + 1)
             plain = not any(isinstance(module, PackedLayer) for module in network.modules())
             every.update((f"{name}:{how}", way) for how, way in _ways(network, x, dense=plain).items())
             if not plain and name not in ARMS:  # for many images decoding once, beforehand, can be the best
                 decoded = _decoded(network)
                 every[f"{name}:decoded"] = decoded
                 every.update((f"{name}:decoded {how}", way) for how, way in _ways(decoded, x, dense=True).items())
+        progress(f"convert, batch {batch}", len(networks) + 1, len(networks) + 1)
         times = measure_by_turns(every, data.test, (batch,), samples, progress)[batch]
         found[str(batch)] = {name: [float(f"{v:.4g}") for v in (t.median, t.p10, t.p90)] for name, t in times.items()}
     return Record({"times": found, "packed": packed, "sizes": sizes})
