@@ -69,3 +69,18 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path):
         write_atomically(path, crash)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_once_makes_what_is_not_there(store):
+    made = []
+
+    def make():
+        made.append(1)
+        return {"test": 0.25}
+
+    assert store.once("unit", CONFIG, make) == {"test": 0.5}
+    assert not made
+    other = {**CONFIG, "sparsity": 0.8}
+    assert [store.once("unit", other, make) for _ in range(2)] == [{"test": 0.25}] * 2
+    assert made == [1]
+    assert Store(store.folder).load("unit", other).result == {"test": 0.25}

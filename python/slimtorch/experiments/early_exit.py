@@ -248,6 +248,7 @@ def trials(chosen: Plan) -> dict[tuple[str, int], Trial]:
 # --- timing -----------------------------------------------------------------------------------------------------------
 
 
+@torch.inference_mode()
 def _timed(
     network: str, configs: Sequence[Mapping[str, Any]], records: Sequence[Record], dense: Record | None, chosen: Plan,
     data: Digits,
@@ -338,13 +339,10 @@ def run(settings: Settings, out: Path, progress: Progress) -> Result:
                 "trials": list(map(dict, configs)), "samples": chosen.samples,
                 "images": chosen.images, "each": chosen.each, "together": chosen.together,
             }  # fmt: skip
-            times = store.load(network, stamp)
-            if times is None:
-                dense = None if network == "msdnet" else records[made["lenet5", 0].name]
-                with torch.inference_mode():
-                    times = Record(_timed(network, configs, own, dense, chosen, data))
-                store.save(network, stamp, times)
-            found["networks"][network] = _gathered([record.result for record in own], times.result)
+            dense = None if network == "msdnet" else records[made["lenet5", 0].name]
+            make = functools.partial(_timed, network, configs, own, dense, chosen, data)
+            times = store.once(network, stamp, make)
+            found["networks"][network] = _gathered([record.result for record in own], times)
         progress("time", len(chosen.epochs), len(chosen.epochs))
     lead = (
         f"Networks with exits, trained on {what}, {over_seeds(chosen.seeds)}. Thresholds are set on validation images; "

@@ -367,11 +367,8 @@ def run(settings: Settings, out: Path, progress: Progress) -> Result:
                 "samples": chosen.samples,
                 "pack_seconds": chosen.pack_seconds,
             }
-            times = store.load(network, stamp)
-            if times is None:
-                times = Record(_times(network, first, chosen, data, progress))
-                store.save(network, stamp, times)
-            found["networks"][network] = _gathered(network, made, records, times.result, chosen)
+            times = store.once(network, stamp, functools.partial(_times, network, first, chosen, data, progress))
+            found["networks"][network] = _gathered(network, made, records, times, chosen)
     seeds = chosen.seeds
     lead = (
         f"Group lasso against magnitude pruning at small scale: {', '.join(TITLES[n] for n in chosen.networks)} on "

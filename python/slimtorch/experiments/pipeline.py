@@ -13,6 +13,7 @@ packed and timed after all training is done, in one process and by turns.
 from __future__ import annotations
 
 import copy
+import functools
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -243,7 +244,9 @@ def _pack(model: nn.Module, data: Digits, batch: int, seconds: float) -> tuple[n
     return Pack(batch=batch, time_budget=seconds).apply(model, work), notes[0].removeprefix("packed: ")
 
 
-def _times(records: Mapping[str, Record], data: Digits, chosen: Plan, quick: bool, progress: Progress) -> Record:
+def _times(
+    records: Mapping[str, Record], data: Digits, chosen: Plan, quick: bool, progress: Progress
+) -> dict[str, Any]:
     """Pack the networks of seed 0 and time all of them by turns, beside the best dense code of the original."""
     seconds, samples = EFFORT[quick]
     torch.manual_seed(0)
@@ -278,7 +281,7 @@ def _times(records: Mapping[str, Record], data: Digits, chosen: Plan, quick: boo
         progress(f"convert, batch {batch}", len(networks) + 1, len(networks) + 1)
         times = measure_by_turns(every, data.test, (batch,), samples, progress)[batch]
         found[str(batch)] = {name: [float(f"{v:.4g}") for v in (t.median, t.p10, t.p90)] for name, t in times.items()}
-    return Record({"times": found, "packed": packed, "sizes": sizes})
+    return {"times": found, "packed": packed, "sizes": sizes}
 
 
 def _file_bytes(model: nn.Module) -> int:
@@ -309,16 +312,14 @@ def run(settings: Settings, out: Path, progress: Progress) -> Result:
         "networks": [digest({k: int(v.astype(np.int64).sum()) for k, v in records[f"{arm}-seed0"].arrays.items()})
                      for arm in ARMS],
     }  # fmt: skip
-    times = kept.load("times", stamp)
-    if times is None:
-        with threads_of_torch(settings.threads):
-            times = _times(records, data, chosen, settings.quick, progress)
-        kept.save("times", stamp, times)
+    make = functools.partial(_times, records, data, chosen, settings.quick, progress)
+    with threads_of_torch(settings.threads):
+        times = kept.once("times", stamp, make)
     rows = {arm: [records[f"{arm}-seed{s}"].result["phases"] for s in range(chosen.seeds)] for arm in ("dense", *ARMS)}
     found: dict[str, Any] = {
         "experiment": "pipeline", "data": what, "plan": asdict(chosen),
         "machine": machine.describe(settings.threads), "rows": {a: _gathered(r) for a, r in rows.items()},
-        **times.result,
+        **times,
     }  # fmt: skip
     lead = (
         f"LeNet-5 trained on {what}, then made smaller by one recipe of several methods, and by each of them alone; "

@@ -10,6 +10,7 @@ the fastest way to run each network, in turns with the dense one. The papers cou
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -307,14 +308,12 @@ def run(settings: Settings, out: Path, progress: Progress) -> Result:
                 "version": VERSION, "machine": found["machine"], "build": _build_stamp(), "samples": chosen.samples,
                 "trials": [dict(made[network, row, 0].config) for row in ("dense", *TIMED.values())],
             }  # fmt: skip
-            times = store.load(network, stamp)
-            if times is None:
-                times = Record(_times(config, timed, chosen, data, progress))
-                store.save(network, stamp, times)
+            make = functools.partial(_times, config, timed, chosen, data, progress)
+            times = store.once(network, stamp, make)
             found["networks"][network] = {
                 "title": f"{TITLES[network]}, {chosen.widths[network]} channels in the first layer",
                 "rows": {row: _row(made, records, network, row, chosen) for row in ("dense", "trained on", *VARIANTS)},
-                "time": times.result,
+                "time": times,
             }
         found["wide"] = {}
         for network in (name for name in chosen.wide if name in chosen.widths):
@@ -322,11 +321,9 @@ def run(settings: Settings, out: Path, progress: Progress) -> Result:
                 "wide": chosen.wide[network], "machine": found["machine"], "build": _build_stamp(),
                 "samples": chosen.samples,
             }  # fmt: skip
-            times = store.load(f"{network}-wide", stamp)
-            if times is None:
-                times = Record(_wide_times(network, chosen, data, progress))
-                store.save(f"{network}-wide", stamp, times)
-            found["wide"][network] = {"title": f"{TITLES[network]}, {chosen.wide[network]} channels", **times.result}
+            make = functools.partial(_wide_times, network, chosen, data, progress)
+            times = store.once(f"{network}-wide", stamp, make)
+            found["wide"][network] = {"title": f"{TITLES[network]}, {chosen.wide[network]} channels", **times}
     lead = (
         f"3x3 convolutions made depthwise separable, at small scale: networks of the shape of VGG-16 and ResNet-20 on "
         f"{words}; {over_seeds(chosen.seeds)}, mean ± standard deviation. Times are measured, of seed 0's networks, in "

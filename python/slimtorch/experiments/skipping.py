@@ -319,10 +319,7 @@ def run(settings: Settings, out: Path, progress: Progress) -> Result:
             "trials": [dict(trial.config) for trial in made.values()],
         }  # fmt: skip
         store = Store(out / "times")  # without it, times are taken again and nothing is trained
-        times = store.load("skipping", stamp)
-        if times is None:
-            times = Record(_times(chosen, made, records, data, progress))
-            store.save("skipping", stamp, times)
+        times = store.once("skipping", stamp, functools.partial(_times, chosen, made, records, data, progress))
     seeds = range(chosen.seeds)
 
     def of(name: str) -> list[dict[str, Any]]:
@@ -334,7 +331,7 @@ def run(settings: Settings, out: Path, progress: Progress) -> Result:
             "name": name,
             **{key: [round(r[key], 4) for r in results] for key in ("validation", "test")},
             "macs": [round(r["macs"]) for r in results],
-            "time": {batch: [own[key]["seconds"] for key in keys] for batch, own in times.result.items() if keys},
+            "time": {batch: [own[key]["seconds"] for key in keys] for batch, own in times.items() if keys},
             **more,
         }
 
@@ -354,7 +351,7 @@ def run(settings: Settings, out: Path, progress: Progress) -> Result:
             rows.append(row(f"{source} {key}", levels, [key] if source == "stochastic" else [], **more))
     found: dict[str, Any] = {
         "experiment": "skipping", "data": what, "plan": asdict(chosen), "machine": described, "rows": rows,
-        "times": times.result, "steps": steps_of(chosen.epochs, data, chosen.batch_size),
+        "times": times, "steps": steps_of(chosen.epochs, data, chosen.batch_size),
     }  # fmt: skip
     lead = (
         f"Residual blocks that are skipped, on {what}: a narrow ResNet-20 on images of half the size, at small scale; "

@@ -259,10 +259,7 @@ def run(settings: Settings, out: Path, progress: Progress) -> Result:
             "trials": [dict(trial.config) for trial in made.values()],
         }  # fmt: skip
         store = Store(out / "times")  # without it, times are taken again and nothing is trained
-        times = store.load("slimmable", stamp)
-        if times is None:
-            times = Record(_times(chosen, made, records, data, progress))
-            store.save("slimmable", stamp, times)
+        times = store.once("slimmable", stamp, functools.partial(_times, chosen, made, records, data, progress))
     networks: dict[str, Any] = {}
     for name in chosen.epochs:
 
@@ -289,7 +286,7 @@ def run(settings: Settings, out: Path, progress: Progress) -> Result:
             "parameters": [alone[width][0]["parameters"] for width in chosen.widths],
             "parameters_together": of(chosen.methods[name][0])[0]["parameters"],
             "steps": steps_of(chosen.epochs[name], data, chosen.batch_size),
-            "times": times.result[name],
+            "times": times[name],
         }
     found: dict[str, Any] = {
         "experiment": "slimmable", "data": what, "plan": asdict(chosen), "machine": described, "networks": networks,

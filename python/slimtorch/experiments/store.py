@@ -7,7 +7,7 @@ import hashlib
 import json
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,14 @@ class Store:
             return Record(record["result"], arrays)
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
             return None
+
+    def once(self, name: str, config: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result of this very configuration: as it was kept, or else made and kept now."""
+        record = self.load(name, config)
+        if record is None:
+            record = Record(make())
+            self.save(name, config, record)
+        return record.result
 
     def save(self, name: str, config: Mapping[str, Any], record: Record) -> None:
         """Write the record; a crash at any moment leaves either the old file or the new one."""
