@@ -728,7 +728,7 @@ def test_a_layer_that_is_not_run_is_named() -> None:
 
 
 WORKER = """
-import contextlib, copy, sys, torch, torch.distributed as dist
+import contextlib, copy, os, sys, torch, torch.distributed as dist
 from torch import nn
 from slimtorch import distill
 dist.init_process_group("gloo")
@@ -771,8 +771,13 @@ for value in (memory.student_memory, memory.teacher_memory, memory.log_normalize
 if rank == 0:
     memories = {"student": memory.student_memory, "teacher": memory.teacher_memory}
     torch.save({**distiller.state_dict(), **memories}, sys.argv[1])
-dist.barrier()  # neither leaves before the other is done
-dist.destroy_process_group()
+# Neither leaves before the other is done, which the launcher's store tells: a process that ends while the other is in
+# its last collective breaks that off. What threads do while Python is torn down is not looked at here.
+store = dist.distributed_c10d._get_default_store()
+store.set(f"done {rank}", "yes")
+store.wait([f"done {other}" for other in range(world)])
+sys.stdout.flush()
+os._exit(0)
 """
 
 
