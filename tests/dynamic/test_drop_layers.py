@@ -32,6 +32,17 @@ def images(count: int = 5) -> Tensor:
     return torch.randn(count, 2, 8, 8)
 
 
+class Plain(nn.Module):
+    """A residual block that says nothing about itself; where it is alone, nothing bends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
+
+
 def test_probabilities_of_the_paper() -> None:
     model = StochasticDepth(slim.models.resnet110(10, 3, width=1), 0.5)
     chances = list(model.survival.values())
@@ -90,14 +101,6 @@ def test_evaluation_scales_each_branch() -> None:
 
 
 def test_a_block_that_says_nothing_about_itself() -> None:
-    class Plain(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + self.inner(x)
-
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(3, 4), Plain(), nn.Sequential(Plain(), nn.Linear(4, 2)))
     x = torch.randn(6, 3)
@@ -312,17 +315,8 @@ def test_names_to_keep_may_be_globs() -> None:
 
 def test_evaluation_is_the_mean_of_training() -> None:
     """Where nothing bends: each branch times its probability is what drawing gives on average (equation 5)."""
-
-    class Straight(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + self.inner(x)
-
     torch.manual_seed(0)
-    model = StochasticDepth(nn.Sequential(Straight(), Straight()), 0.4, blocks="*").double()
+    model = StochasticDepth(nn.Sequential(Plain(), Plain()), 0.4, blocks="*").double()
     x = torch.randn(3, 4, dtype=torch.float64)
     chances = list(model.survival.values())
     assert chances == pytest.approx([0.7, 0.4])

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from slimtorch.distill import losses
 from slimtorch.distill.contrast import ContrastiveMemory, check_contrast
-from slimtorch.distill.losses import check_temperature
-from slimtorch.distill.losses import check_weight as check_weight
+from slimtorch.distill.losses import check_temperature, check_weight
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,20 +83,26 @@ def choose(model: nn.Sequential, blocks: str | Sequence[str] | None) -> tuple[st
                 "(blocks=), each with an output of the shape of its input"
             )
     else:
-        chosen = set()
-        for glob in (blocks,) if isinstance(blocks, str) else blocks:
-            if not isinstance(glob, str):
-                raise TypeError(f"blocks: expected globs of names, got {glob!r}")
-            matched = fnmatch.filter(names, glob)
-            if not matched:
-                near = difflib.get_close_matches(glob, names, n=3, cutoff=0.3) or names[:3]
-                raise ValueError(
-                    f"blocks: {glob!r} matches nothing that the model runs; closest names: {', '.join(map(repr, near))}"
-                )
-            chosen.update(matched)
+        kind, missed = "globs of names", "matches nothing that the model runs"
+        chosen = matched("blocks", blocks, names, kind=kind, missed=missed)
         if not chosen:
             raise ValueError("blocks: expected at least one name, got none")
     return tuple(name for name in names if name in chosen)
+
+
+def matched(argument: str, globs: str | Sequence[str], names: Sequence[str], *, kind: str, missed: str) -> set[str]:
+    """The names that a glob matches; TypeError for one that is no string (not `kind`), ValueError, with the closest
+    names, for one that `missed`."""
+    found: set[str] = set()
+    for glob in (globs,) if isinstance(globs, str) else globs:
+        if not isinstance(glob, str):
+            raise TypeError(f"{argument}: expected {kind}, got {glob!r}")
+        own = fnmatch.filter(names, glob)
+        if not own:
+            near = difflib.get_close_matches(glob, names, n=3, cutoff=0.3) or names[:3]
+            raise ValueError(f"{argument}: {glob!r} {missed}; closest names: {', '.join(map(repr, near))}")
+        found.update(own)
+    return found
 
 
 def check_shapes(name: str, block: nn.Module, x: Tensor, y: Tensor) -> None:

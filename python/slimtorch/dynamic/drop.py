@@ -9,8 +9,6 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +25,7 @@ from slimtorch.dynamic._blocks import (
     check_steps,
     choose,
     left,
+    matched,
     scaled,
     splits,
     steps,
@@ -237,15 +236,7 @@ def _wanted(keep: Any, names: list[str]) -> int | list[str]:
         if not 0 < keep <= 1:
             raise ValueError(f"keep: expected a share in (0, 1], got {keep}")
         return max(1, round(keep * count))
-    found: set[str] = set()
-    for glob in [keep] if isinstance(keep, str) else keep:
-        if not isinstance(glob, str):
-            raise TypeError(f"keep: expected names of blocks, got {glob!r}")
-        matched = fnmatch.filter(names, glob)
-        if not matched:
-            near = difflib.get_close_matches(glob, names, n=3, cutoff=0.3) or names[:3]
-            raise ValueError(f"keep: {glob!r} is no block; closest names: {', '.join(map(repr, near))}")
-        found.update(matched)
+    found = matched("keep", keep, names, kind="names of blocks", missed="is no block")
     if not found:
         raise ValueError(f"keep: expected at least one block, got {keep!r}")
     return [name for name in names if name in found]

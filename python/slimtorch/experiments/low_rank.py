@@ -27,7 +27,7 @@ from slimtorch.experiments import machine, separable
 from slimtorch.experiments.catalogue import Experiment, Progress, Result, Settings
 from slimtorch.experiments.compare import _build_stamp
 from slimtorch.experiments.loop import evaluate
-from slimtorch.experiments.replaced import CHOSEN, race, time_table
+from slimtorch.experiments.replaced import race, race_choice, time_table
 from slimtorch.experiments.separable import Build, _arrays, _cost, _fit
 from slimtorch.experiments.store import Record, Store
 from slimtorch.experiments.summary import mean_and_deviation, over_seeds, percent
@@ -226,13 +226,10 @@ def _times(
         progress(stage, number, len(BATCHES))
         x = data.test.images[:batch]
         networks = {row: restore(config, record).eval() for row, record in records.items()}
-        own = copy.deepcopy(networks["dense"])
-        report = factorize_(own, low, x, objective="latency", filter_fn=_chosen(network))
-        networks[CHOSEN] = own.eval()
-        part = race(networks, x, chosen.samples)
-        part |= {"replaced": len(report.replaced), "layers": len(report.layers)}
-        part[CHOSEN]["macs"] = count_macs(own, x[:1])[1]
-        found[str(batch)] = part
+        choose = functools.partial(
+            factorize_, config=low, example_inputs=x, objective="latency", filter_fn=_chosen(network)
+        )
+        found[str(batch)] = race_choice(networks, x, chosen.samples, choose)
     progress(stage, len(BATCHES), len(BATCHES))
     return found
 

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slimtorch.design import ReplaceReport
 from slimtorch.experiments.rivals import TORCH, dense_rivals
-from slimtorch.measure import interleave
+from slimtorch.measure import count_macs, interleave
 from slimtorch.packing import _judge
 from slimtorch.report import Table
 
@@ -35,6 +37,19 @@ def race(networks: Mapping[str, nn.Module], x: Tensor, samples: int) -> dict[str
     return found
 
 
+def race_choice(
+    networks: Mapping[str, nn.Module], x: Tensor, samples: int, choose: Callable[[nn.Module], ReplaceReport]
+) -> dict[str, Any]:
+    """`race`, with one row more: a copy of the dense network in which ``choose`` replaced what it wants, its MACs of
+    one image, and how many ``layers`` it looked at and ``replaced``."""
+    own = copy.deepcopy(networks["dense"])
+    report = choose(own)
+    found = race({**networks, CHOSEN: own.eval()}, x, samples)
+    found |= {"replaced": len(report.replaced), "layers": len(report.layers)}
+    found[CHOSEN]["macs"] = count_macs(own, x[:1])[1]
+    return found
+
+
 def time_table(
     title: str, column: str, macs: Mapping[str, float], time: Mapping[str, Mapping[str, Any]], verb: str, headline: str
 ) -> Table:
@@ -44,7 +59,7 @@ def time_table(
         title: of the network.
         column: the head of the first column.
         macs: row → of one image, the dense network's first.
-        time: batch size → what `race` found, and how many ``layers`` were there and ``replaced`` where `verb` chose.
+        time: batch size → what `race` or `race_choice` found.
         verb: its call, in words; a network in which nothing was chosen is one with weights as they are drawn.
         headline: the machine.
     """

@@ -28,7 +28,7 @@ from slimtorch.experiments import machine
 from slimtorch.experiments.catalogue import Experiment, Progress, Result, Settings
 from slimtorch.experiments.compare import _build_stamp
 from slimtorch.experiments.loop import evaluate, fit
-from slimtorch.experiments.replaced import CHOSEN, race, time_table
+from slimtorch.experiments.replaced import race, race_choice, time_table
 from slimtorch.experiments.store import Record, Store
 from slimtorch.experiments.summary import mean_and_deviation, over_seeds, percent
 from slimtorch.experiments.trials import Trial, run_all
@@ -257,12 +257,8 @@ def _times(
     for number, batch in enumerate(BATCHES):
         progress(stage, number, len(BATCHES))
         x = data.test.images[:batch]
-        own = copy.deepcopy(dense)
-        report = separate_(own, Separable(), x, filter_fn=_inner)
-        part = race({**networks, CHOSEN: own.eval()}, x, chosen.samples)
-        part |= {"replaced": len(report.replaced), "layers": len(report.layers)}
-        part[CHOSEN]["macs"] = count_macs(own, x[:1])[1]
-        found[str(batch)] = part
+        choose = functools.partial(separate_, config=Separable(), example_inputs=x, filter_fn=_inner)
+        found[str(batch)] = race_choice(networks, x, chosen.samples, choose)
     progress(stage, len(BATCHES), len(BATCHES))
     return found
 

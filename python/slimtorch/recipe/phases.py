@@ -21,7 +21,8 @@ from slimtorch.data import Digits
 from slimtorch.design import LowRank, Separable, factorize_, separate_
 from slimtorch.design._replace import ReplaceReport
 from slimtorch.distill import Distiller, SoftTargets
-from slimtorch.distill.terms import FeatureTerm, OutputTerm, check_weight
+from slimtorch.distill.losses import check_weight
+from slimtorch.distill.terms import FeatureTerm, OutputTerm
 from slimtorch.dynamic import EarlyExit, Entropy, Learned, MaxProbability, Patience
 from slimtorch.measure import eval_mode
 from slimtorch.packing import FORMATS, pack_
